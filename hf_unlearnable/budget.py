@@ -1,0 +1,84 @@
+"""Budgets: the norm that bounds a perturbation owns its distance, its projection and the check on published pixels."""
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from hf_unlearnable.images import Pixels
+
+
+@dataclass(frozen=True)
+class Budget:
+    """A bound on delta for one picture.
+
+    Args:
+        norm: "linf" (largest change of any channel value), "l2" (Euclidean, over all channel values) or "l0" (number
+            of pixels changed in any channel).
+        epsilon: the bound; a fraction of the value range [0, 1] for "linf" (`8 / 255`) and "l2", pixels for "l0".
+    """
+
+    norm: Literal["linf", "l2", "l0"]
+    epsilon: float
+
+    def __post_init__(self) -> None:
+        if self.norm not in ("linf", "l2", "l0"):
+            raise ValueError(f'norm is one of "linf", "l2", "l0", got {self.norm!r}')
+        if not (math.isfinite(self.epsilon) and self.epsilon >= 0):
+            raise ValueError(f"epsilon is a finite number, 0 or more, got {self.epsilon}")
+        if self.norm == "linf" and self.epsilon > 1:
+            raise ValueError(f"an L-inf epsilon is a fraction of the value range, such as 8/255, got {self.epsilon}")
+
+    def distance(self, delta: Float[Tensor, "b c h w"]) -> Float[Tensor, "b"]:
+        """The size of every row's delta in this norm."""
+        if self.norm == "linf":
+            return delta.flatten(1).abs().amax(1)
+        if self.norm == "l2":
+            return delta.flatten(1).norm(dim=1)
+        return (delta != 0).any(1).flatten(1).sum(1).to(delta.dtype)
+
+    def project(self, delta: Float[Tensor, "b c h w"]) -> Float[Tensor, "b c h w"]:
+        """The nearest delta inside the budget ("l0": the pixels with the largest change are kept)."""
+        if self.norm == "linf":
+            return delta.clamp(-self.epsilon, self.epsilon)
+        if self.norm == "l2":
+            norms = self.distance(delta).clamp_min(torch.finfo(delta.dtype).tiny)
+            return delta * (self.epsilon / norms).clamp_max(1)[:, None, None, None]
+        sizes = delta.square().sum(1).flatten(1)
+        keep = min(int(self.epsilon), sizes.shape[1])
+        mask = torch.zeros_like(sizes).scatter_(1, sizes.topk(keep, dim=1).indices, 1)
+        return delta * mask.view(delta.shape[0], 1, *delta.shape[2:])
+
+    def check(self, clean: Pixels, poisoned: Pixels, where: Sequence[str] | None = None) -> None:
+        """That published uint8 pixels keep the budget, in whole 255ths for "linf".
+
+        Rounding moves every channel value by at most half a level; for "l2" that slack is granted, no more:
+        epsilon + 0.5/255 * sqrt(3 h w). `where` names the rows in errors.
+
+        Raises:
+            ValueError: some row exceeds it; names the first one, what was allowed and what was found.
+        """
+        difference = poisoned.to(torch.int16) - clean.to(torch.int16)
+        if self.norm == "linf":
+            found = difference.abs().flatten(1).amax(1).float()
+            allowed = math.floor(self.epsilon * 255 + 1e-6)
+            unit = "/255"
+        elif self.norm == "l2":
+            found = difference.float().flatten(1).norm(dim=1) / 255
+            allowed = self.epsilon + 0.5 / 255 * math.sqrt(difference[0].numel()) if len(difference) else self.epsilon
+            unit = ""
+        else:
+            found = self.distance(difference.float())
+            allowed = self.epsilon
+            unit = " pixels"
+        over = (found > allowed + 1e-6).nonzero().flatten().tolist()
+        if over:
+            first = where[over[0]] if where else f"row {over[0]} of the batch"
+            raise ValueError(
+                f"{first}: expected {self.norm} of at most {allowed:g}{unit}, "
+                f"got {found[over[0]].item():g}{unit} ({len(over)} of {len(found)} rows exceed it)"
+            )

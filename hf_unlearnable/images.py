@@ -1,0 +1,259 @@
+"""Pictures: PIL, bytes or arrays <-> uint8 and float [0, 1] NCHW. The only rounding, and the only encoding.
+
+What is stored is lossless and made from fresh pixels: never the source's encoder, path or metadata.
+"""
+
+import hashlib
+import io
+import os
+from collections.abc import Iterable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from functools import cache
+from typing import Any, Literal, TypeAlias, cast
+
+import multiprocess.process
+import numpy as np
+import PIL.Image
+import PIL.ImageOps
+import torch
+from jaxtyping import Float, Int, UInt8
+from torch import Tensor
+from torchvision.io import ImageReadMode, decode_jpeg, encode_png
+
+Images: TypeAlias = Float[Tensor, "b 3 h w"]
+Pixels: TypeAlias = UInt8[Tensor, "b 3 h w"]
+Labels: TypeAlias = Int[Tensor, "b"]
+ImageFormat: TypeAlias = Literal["png", "webp"]
+
+_IN_PARENT = os.getpid()
+
+
+@dataclass(frozen=True)
+class Picture:
+    """One decoded picture: `pixels`, uint8 RGB of shape (3, height, width), and its alpha channel where it has one."""
+
+    pixels: UInt8[Tensor, "3 h w"]
+    alpha: UInt8[Tensor, "h w"] | None = None
+
+
+def to_float(pixels: UInt8[Tensor, "*b 3 h w"]) -> Float[Tensor, "*b 3 h w"]:
+    """uint8 to float32 in [0, 1]."""
+    return pixels.to(torch.float32).div_(255)
+
+
+def to_uint8(x: Float[Tensor, "*b 3 h w"]) -> UInt8[Tensor, "*b 3 h w"]:
+    """The one rounding: nearest of 256 levels (ties to even), then clamped to [0, 255].
+
+    Raises:
+        ValueError: `x` holds NaN; names the first row.
+    """
+    levels = x.mul(255).round_()
+    if torch.isnan(levels.sum()):
+        rows = torch.isnan(levels).flatten(1).any(1).nonzero().flatten().tolist() if x.dim() == 4 else [0]
+        if rows:
+            raise ValueError(f"expected pictures of numbers in [0, 1], got NaN in row {rows[0]} of the batch")
+    return levels.clamp_(0, 255).to(torch.uint8)
+
+
+def digest(pixels: UInt8[Tensor, "3 h w"]) -> bytes:
+    """16 bytes that identify decoded pixels: BLAKE2b of height, width and the RGB planes, whatever the container."""
+    _, height, width = pixels.shape
+    state = hashlib.blake2b(f"{height}x{width}".encode(), digest_size=16)
+    state.update(memoryview(pixels.contiguous().cpu().numpy()))
+    return state.digest()
+
+
+def in_worker_process() -> bool:
+    """Whether this is a forked or spawned worker, where threads of its own would only compete (or hang torch)."""
+    return os.getpid() != _IN_PARENT or multiprocess.process.parent_process() is not None
+
+
+def one_thread_in_workers() -> None:
+    """In a worker process, torch runs on one thread: a fork of a parent that has used its threads hangs otherwise."""
+    if in_worker_process() and torch.get_num_threads() != 1:
+        torch.set_num_threads(1)
+
+
+@cache
+def _threads(pid: int) -> ThreadPoolExecutor:
+    return ThreadPoolExecutor(max_workers=min(os.cpu_count() or 1, 16), thread_name_prefix=f"pictures-{pid}")
+
+
+def _threaded(function: Any, items: Sequence[Any]) -> list[Any]:
+    if len(items) < 8 or in_worker_process():
+        return [function(item) for item in items]
+    return list(_threads(os.getpid()).map(function, items, chunksize=max(1, len(items) // 64)))
+
+
+def _bytes_of(value: dict[str, Any], where: str) -> bytes:
+    data, path = value.get("bytes"), value.get("path")
+    if data is not None:
+        return data
+    if path is None:
+        raise ValueError(f"{where}: expected a picture, got neither bytes nor a path")
+    if "::" in path or "://" in path:
+        import fsspec
+
+        with fsspec.open(path, "rb") as file:
+            return file.read()  # type: ignore[union-attr]
+    try:
+        with open(path, "rb") as file:
+            return file.read()
+    except OSError as error:
+        raise ValueError(f"{where}: expected a readable picture file, got {error.strerror or error}") from error
+
+
+@cache
+def _jpeg_decoders_agree() -> bool:
+    """Whether torchvision decodes a JPEG to PIL's pixels here: both must come from compatible builds of libjpeg."""
+    yy, xx = np.mgrid[0:37, 0:51]
+    picture = np.stack([xx * 5, yy * 6, (xx * yy) % 256], axis=-1).astype(np.uint8)
+    for options in ({"quality": 75}, {"quality": 92, "subsampling": 0}, {"quality": 30, "progressive": True}):
+        buffer = io.BytesIO()
+        PIL.Image.fromarray(picture).save(buffer, "JPEG", **options)
+        ours = _decode_jpeg(buffer.getvalue()).permute(1, 2, 0).numpy()
+        if not np.array_equal(ours, np.asarray(PIL.Image.open(buffer))):
+            return False
+    return True
+
+
+def _decode_jpeg(data: bytes) -> Tensor:
+    stream = torch.frombuffer(bytearray(data), dtype=torch.uint8)
+    return cast(Tensor, decode_jpeg(stream, mode=ImageReadMode.UNCHANGED))
+
+
+def _decode_plain(data: bytes) -> Tensor | None:
+    """torchvision's faster decoder for the JPEGs on which it gives exactly PIL's pixels; None for everything else.
+
+    Not for PNG: torchvision's decoder ends the process on some damaged files.
+    """
+    if data[:3] != b"\xff\xd8\xff" or b"Exif\0\0" in data[:65536] or not _jpeg_decoders_agree():
+        return None
+    try:
+        pixels = _decode_jpeg(data)
+    except RuntimeError:
+        return None
+    return pixels if pixels.shape[0] == 3 else None
+
+
+def _from_pil(picture: PIL.Image.Image, where: str) -> Picture:
+    if getattr(picture, "n_frames", 1) > 1 and picture.format != "MPO":
+        raise ValueError(f"{where}: expected a picture of one frame, got {picture.n_frames} frames")  # type: ignore[attr-defined]
+    try:
+        picture = PIL.ImageOps.exif_transpose(picture)
+        mode = picture.mode
+        if mode in ("I;16", "I;16L", "I;16B", "I;16N") or mode == "I":
+            wide = np.asarray(picture).astype(np.int64)
+            if wide.size and (wide.min() < 0 or wide.max() > 65535):
+                raise ValueError(f"{where}: expected 8 or 16 bits a channel, got values outside 0 to 65535")
+            grey = np.round(wide / 257).astype(np.uint8)
+            return _from_array(np.repeat(grey[:, :, None], 3, axis=2), where)
+        if mode == "F":
+            raise ValueError(f"{where}: expected 8 or 16 bits a channel, got floating point (mode F)")
+        if mode == "RGB" and "transparency" not in picture.info:
+            array = np.asarray(picture)
+        elif picture.has_transparency_data:
+            array = np.asarray(picture.convert("RGBA"))
+        else:
+            array = np.asarray(picture.convert("RGB"))
+    except (OSError, SyntaxError, PIL.Image.DecompressionBombError) as error:
+        raise ValueError(f"{where}: expected a readable picture, got {type(error).__name__}: {error}") from error
+    return _from_array(array, where)
+
+
+def _from_array(array: Any, where: str, *, channels_first: bool = False) -> Picture:
+    array = np.asarray(array)
+    if array.dtype.kind in "iu" and array.dtype != np.uint8 and array.size:
+        if array.min() < 0 or array.max() > 255:
+            raise ValueError(f"{where}: expected values from 0 to 255, got {array.min()} to {array.max()}")
+        array = array.astype(np.uint8)
+    if array.dtype != np.uint8:
+        raise TypeError(f"{where}: expected a uint8 picture, got an array of {array.dtype}")
+    if array.ndim == 3 and channels_first:
+        array = array.transpose(1, 2, 0)
+    if array.ndim == 2:
+        array = array[:, :, None]
+    if array.ndim != 3 or array.shape[2] not in (1, 3, 4):
+        raise ValueError(f"{where}: expected a picture of 1, 3 or 4 channels, got an array of shape {array.shape}")
+    if array.size == 0:
+        raise ValueError(f"{where}: expected a picture, got an empty one of shape {array.shape}")
+    colour = np.repeat(array, 3, axis=2) if array.shape[2] == 1 else array[:, :, :3]
+    pixels = torch.from_numpy(np.array(colour.transpose(2, 0, 1), order="C", copy=True))
+    alpha = torch.from_numpy(np.array(array[:, :, 3], order="C")) if array.shape[2] == 4 else None
+    return Picture(pixels, alpha)
+
+
+def decode(value: Any, *, where: str = "picture") -> Picture:
+    """A picture from what `datasets` hands over: PIL, bytes, {"bytes", "path"}, a uint8 array (HWC) or tensor (CHW).
+
+    EXIF rotation is applied. Grayscale, palette, CMYK and other colour modes become RGB; 16 bits a channel become 8
+    (value / 257, rounded); transparency is kept apart as `alpha`.
+
+    Raises:
+        ValueError: None, an empty or unreadable picture, several frames, floating-point pixels; begins with `where`.
+        TypeError: a value of another type.
+    """
+    if value is None:
+        raise ValueError(f"{where}: expected a picture, got None")
+    if isinstance(value, dict):
+        value = _bytes_of(value, where)
+    if isinstance(value, bytes | bytearray | memoryview):
+        data = bytes(value)
+        plain = _decode_plain(data)
+        if plain is not None:
+            return Picture(plain)
+        try:
+            value = PIL.Image.open(io.BytesIO(data))
+        except (OSError, SyntaxError, PIL.Image.DecompressionBombError) as error:
+            raise ValueError(f"{where}: expected a readable picture, got {len(data)} bytes: {error}") from error
+    if isinstance(value, PIL.Image.Image):
+        return _from_pil(value, where)
+    if isinstance(value, Tensor):
+        return _from_array(value.cpu().numpy(), where, channels_first=True)
+    if isinstance(value, np.ndarray):
+        return _from_array(value, where)
+    raise TypeError(
+        f"{where}: expected a PIL picture, bytes, {{bytes, path}} or a uint8 array, got {type(value).__name__}"
+    )
+
+
+def decode_many(values: Iterable[Any], *, where: Sequence[str] | None = None) -> list[Picture]:
+    """`decode` for many pictures, in threads; `where` names each one in errors (default: its place in the batch)."""
+    values = list(values)
+    names = where if where is not None else [f"row {i} of the batch" for i in range(len(values))]
+    return _threaded(lambda item: decode(item[0], where=item[1]), list(zip(values, names, strict=True)))
+
+
+def to_pil(picture: Picture) -> PIL.Image.Image:
+    """The picture as a fresh PIL image (RGB, or RGBA where it has alpha) that carries no format, path or metadata."""
+    array = picture.pixels.permute(1, 2, 0)
+    if picture.alpha is not None:
+        array = torch.cat([array, picture.alpha[:, :, None]], dim=2)
+    return PIL.Image.fromarray(array.contiguous().numpy())
+
+
+def encode(picture: Picture, *, image_format: ImageFormat = "png", compress_level: int = 1) -> bytes:
+    """Lossless bytes of fresh pixels.
+
+    Args:
+        image_format: "png", or "webp" (lossless, exact under transparency): smaller for large pictures.
+        compress_level: 0 (stored) to 9 (smallest). On noisy or blurred pictures levels above 1 cost several times the
+            time for a few per cent of the size, so 1 is the default. For WebP it is the encoder's effort.
+    """
+    if image_format == "png" and picture.alpha is None:
+        return encode_png(picture.pixels, compress_level).numpy().tobytes()
+    buffer = io.BytesIO()
+    if image_format == "webp":
+        effort = max(0, min(6, compress_level - 1))
+        to_pil(picture).save(buffer, "WEBP", lossless=True, exact=True, quality=min(100, 20 * effort), method=effort)
+    else:
+        to_pil(picture).save(buffer, "PNG", compress_level=compress_level)
+    return buffer.getvalue()
+
+
+def encode_many(
+    pictures: Sequence[Picture], *, image_format: ImageFormat = "png", compress_level: int = 1
+) -> list[bytes]:
+    """`encode` for many pictures, in threads."""
+    return _threaded(lambda p: encode(p, image_format=image_format, compress_level=compress_level), pictures)

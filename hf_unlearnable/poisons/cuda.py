@@ -1,0 +1,155 @@
+"""CUDA: class-wise random convolutions."""
+
+from dataclasses import dataclass
+from functools import lru_cache
+from typing import ClassVar, Literal
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from jaxtyping import Float
+from torch import Tensor
+
+from hf_unlearnable.images import Images, Labels
+from hf_unlearnable.keys import Key, numpy_generator
+from hf_unlearnable.poisons.base import Draws, Poison
+
+_SMALL = 96
+_BLOCK = 8
+
+
+@dataclass(frozen=True, kw_only=True)
+class CudaPoison(Poison):
+    """Every class is blurred with a private random filter: x' = (s_y * x) / max(s_y * x).
+
+    The filter of a class has k x k weights drawn from U(0, blur), of which one at a random place is 1; it is the same
+    for the three channels, with zero padding of k // 2. There is no norm bound.
+
+    Args:
+        kernel_size: k, odd; None for 3 where a picture's shorter side is below 96 pixels, and 9 otherwise.
+        blur: upper end p_b of the weights; None for 0.3 (small) or 0.06. Larger is stronger and blurrier.
+        mode: "classwise", or the paper's sanity checks: "universal" (every class gets the filter of class 0) and
+            "permuted" (class y gets the filter of class (y + 1) mod num_classes).
+
+    An int seed gives the filters of the official code for that seed. With a secret key each class has its own stream.
+
+    Raises:
+        ValueError: an even or too large filter, a seed of 2**32 or more, "permuted" without num_classes.
+
+    Source: CUDA, sections 4.1, 5.1 and 5.2 (METHODS 1).
+    Deviations: rounds to the nearest level where the official code truncates. The weights are rounded to a multiple of
+        2**-b (b = 14 for k=3, blur 0.3; b = 13 for k=9, blur 0.06) and pictures are taken at their 256 levels, so that
+        float32 sums are exact: the pixels are the same on every device and in every batch, and within one grey level
+        of the official bytes. `poison_rate` chooses an exact count of keyed rows.
+    """
+
+    name: ClassVar[str] = "cuda"
+
+    kernel_size: int | None = None
+    blur: float | None = None
+    mode: Literal["classwise", "universal", "permuted"] = "classwise"
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.kernel_size is not None and (self.kernel_size < 1 or self.kernel_size % 2 == 0):
+            raise ValueError(f"kernel_size is odd and positive, got {self.kernel_size}")
+        if self.blur is not None and not 0 <= self.blur <= 1:
+            raise ValueError(f"blur is a number from 0 to 1, got {self.blur}")
+        if self.mode not in ("classwise", "universal", "permuted"):
+            raise ValueError(f'mode is "classwise", "universal" or "permuted", got {self.mode!r}')
+        if self.mode == "permuted" and self.num_classes is None:
+            raise ValueError('mode="permuted" needs num_classes')
+        if isinstance(self.seed, int) and self.seed >= 2**32:
+            raise ValueError("an int seed of CUDA is below 2**32 (the official random stream's range)")
+
+    @property
+    def uses_labels(self) -> bool:
+        return self.mode != "universal"
+
+    def filters(self, num_classes: int, *, kernel_size: int, blur: float) -> Float[Tensor, "n k k"]:
+        """The filters of classes 0 to num_classes - 1, float64, before rounding."""
+        return torch.from_numpy(_filters(self.seed, num_classes, kernel_size, float(blur)).copy())
+
+    def perturb(self, x: Images, y: Labels | None, draws: Draws) -> Images:
+        small = min(x.shape[2:]) < _SMALL
+        k = self.kernel_size or (3 if small else 9)
+        blur = self.blur if self.blur is not None else (0.3 if small else 0.06)
+        if k > min(x.shape[2:]):
+            raise ValueError(
+                f"expected a filter no larger than the picture ({tuple(x.shape[2:])}), got kernel_size={k}"
+            )
+        if self.mode == "universal" or y is None:
+            which = torch.zeros(len(x), dtype=torch.int64, device=x.device)
+        elif self.mode == "permuted" and self.num_classes is not None:
+            which = (y + 1) % self.num_classes
+        else:
+            which = y
+        top = 1 << int(which.max()).bit_length()
+        weights = _whole(self.filters(top, kernel_size=k, blur=blur), blur)
+        levels = x.mul(255).round_()
+        blurred = torch.empty_like(levels)
+        for label in which.unique().tolist():
+            rows = which == label
+            blurred[rows] = _correlate(levels[rows], weights[label])
+        return blurred / blurred.amax(dim=(1, 2, 3), keepdim=True).clamp_min(1)
+
+
+@lru_cache(maxsize=32)
+def _filters(key: Key, num_classes: int, k: int, blur: float) -> np.ndarray:
+    filters = np.empty((num_classes, k, k))
+    official = np.random.RandomState(key) if isinstance(key, int) else None
+    for label in range(num_classes):
+        if official is not None:
+            filters[label] = official.uniform(0, blur, (3, 1, k, k))[0, 0]
+            row, column = official.randint(k), official.randint(k)
+        else:
+            generator = numpy_generator(key, CudaPoison.name, "filter", label)
+            filters[label] = generator.uniform(0, blur, (k, k))
+            row, column = generator.integers(k, size=2)
+        filters[label, row, column] = 1
+    return filters
+
+
+def _whole(filters: Float[Tensor, "n k k"], blur: float) -> Float[Tensor, "n k k"]:
+    """The weights as whole numbers, of as many bits as keep every sum of weight * level below 2**24."""
+    largest_sum = 1 + (filters[0].numel() - 1) * blur
+    bits = int(np.floor(np.log2(2**24 / (256 * largest_sum))))
+    return filters.mul(2.0**bits).round_().to(torch.float32)
+
+
+def _correlate(levels: Images, kernel: Float[Tensor, "k k"]) -> Images:
+    """Zero-padded cross-correlation of whole numbers with a filter of whole numbers, exact in float32."""
+    if levels.device.type != "cpu":
+        return _correlate_by_shifts(levels, kernel)
+    return _correlate_by_blocks(levels, kernel)
+
+
+def _correlate_by_shifts(levels: Images, kernel: Float[Tensor, "k k"]) -> Images:
+    k = len(kernel)
+    height, width = levels.shape[2:]
+    padded = F.pad(levels, (k // 2,) * 4)
+    total = torch.zeros_like(levels)
+    for row, weights in enumerate(kernel.tolist()):
+        for column, weight in enumerate(weights):
+            total.add_(padded[:, :, row : row + height, column : column + width], alpha=weight)
+    return total
+
+
+def _correlate_by_blocks(levels: Images, kernel: Float[Tensor, "k k"]) -> Images:
+    """Blocks of neighbouring columns become channels: one dense convolution, several times faster than a depthwise one.
+
+    A block of `size` outputs needs the inputs of its own block and the next (the picture is shifted by the padding).
+    """
+    k = len(kernel)
+    count, _, height, width = levels.shape
+    size = max(_BLOCK, -(-(k - 1) // _BLOCK) * _BLOCK)
+    blocks = -(-width // size) + 1
+    dense = levels.new_zeros(size, size, k, 2)
+    for output in range(size):
+        for column in range(k):
+            block, channel = divmod(output + column, size)
+            dense[output, channel, :, block] = kernel[:, column]
+    padded = F.pad(levels, (k // 2, blocks * size - width - k // 2, k // 2, k // 2))
+    columns = padded.view(count * 3, height + k - 1, blocks, size).permute(0, 3, 1, 2).contiguous()
+    total = F.conv2d(columns, dense).permute(0, 2, 3, 1)
+    return total.reshape(count, 3, height, -1)[..., :width]

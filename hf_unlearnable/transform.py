@@ -1,0 +1,323 @@
+"""The one map edge: from a row or a batch of `datasets` to pixels and back, for every poison and data defense."""
+
+import hashlib
+import json
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, fields, replace
+from pathlib import Path
+from typing import Any, ClassVar, TypeVar, cast
+
+import datasets
+import numpy as np
+import torch
+from datasets import Dataset, DatasetDict, Image, IterableDataset
+
+from hf_unlearnable import columns
+from hf_unlearnable.images import (
+    ImageFormat,
+    Labels,
+    Picture,
+    Pixels,
+    decode_many,
+    digest,
+    encode,
+    encode_many,
+    one_thread_in_workers,
+    to_pil,
+)
+
+D = TypeVar("D", Dataset, DatasetDict, IterableDataset)
+_CHECK_COLUMN = "__stored_digest__"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Transform:
+    """Changes the pictures of a dataset: `ds.map(transform)`, batched or not, or `transform.apply(ds)`.
+
+    The callable tells a row from a batch by itself. It returns the picture column only, so that other columns, labels
+    and order stay as they are; inputs are never mutated. Pictures are stored losslessly, from fresh pixels. Every
+    picture is treated as RGB; transparency is carried over untouched. Pictures of several sizes may share a batch.
+
+    Args:
+        image_column: where the pictures are; None finds the one picture column.
+        label_column: where the labels are; None finds the one label column, if the transform needs labels.
+        image_format: "png" or "webp" (lossless; smaller for large pictures).
+        compress_level: 0 (stored) to 9 (smallest); see `images.encode`.
+        device: where the arithmetic runs ("cpu", "cuda", ...). The pixels do not depend on it.
+    """
+
+    image_column: str | None = None
+    label_column: str | None = None
+    image_format: ImageFormat = "png"
+    compress_level: int = 1
+    device: str = field(default="cpu", compare=False)
+
+    name: ClassVar[str]
+    version: ClassVar[int] = 1
+    """Raised whenever the pixels a transform makes change: caches of an older version are then not reused."""
+
+    def __init_subclass__(cls, **kwargs: Any) -> None:
+        super().__init_subclass__(**kwargs)
+        _hash_by_cache_state(cls)
+
+    def __post_init__(self) -> None:
+        if self.image_format not in ("png", "webp"):
+            raise ValueError(f'image_format is "png" or "webp", got {self.image_format!r}')
+        if self.compress_level not in range(10):
+            raise ValueError(f"compress_level is an int from 0 to 9, got {self.compress_level!r}")
+
+    # What a subclass defines.
+
+    @property
+    def needs_labels(self) -> bool:
+        return False
+
+    def change(self, pixels: Pixels, labels: Labels | None, where: Sequence[str]) -> Pixels:
+        """The changed pixels of pictures of one size; `where` names each row in errors."""
+        raise TypeError(f"{type(self).__name__} does not say how it changes pixels")
+
+    def chosen(self, pictures: Sequence[Picture], labels: Sequence[int] | None) -> np.ndarray:
+        """Which rows of a batch are changed, judged by each row alone (bool)."""
+        return np.ones(len(pictures), dtype=bool)
+
+    def chosen_exactly(self, dataset: Dataset, image_column: str, label_column: str | None) -> np.ndarray | None:
+        """Which rows of a whole split are changed (bool), where that needs a look at the whole; else None."""
+        return None
+
+    def check_classes(self, names: Sequence[str] | None, where: str) -> None:
+        """Raise ValueError if the transform was made for other classes than these."""
+
+    def cache_state(self) -> dict[str, Any]:
+        """What decides the stored bytes, as JSON values; it may be published, so it holds no key."""
+        state = {f.name: getattr(self, f.name) for f in fields(self) if f.repr and f.compare}
+        return {"transform": self.name, "version": self.version, **state}
+
+    # Final.
+
+    def __call__(self, example: Mapping[str, Any]) -> dict[str, Any]:
+        """A row or a batch with its pictures changed.
+
+        Raises:
+            ValueError: an unreadable or missing picture, a bad label, an ambiguous column; names the row.
+        """
+        return self._on_example(example, indices=None, chosen=None, with_digest=False)
+
+    def apply(
+        self,
+        dataset: D,
+        *,
+        split: str | None = None,
+        num_proc: int | None = None,
+        batch_size: int = 500,
+        cache_dir: str | Path | None = None,
+    ) -> D:
+        """The dataset with its pictures changed: `ds.map` with the features, the cache and the checks looked after.
+
+        Labels are checked before anything is written; what was stored is read back and compared. The result has the
+        features and the format of `dataset`. Where a share of the rows is changed, it is changed exactly (a stream,
+        which cannot be counted, gets each row's own draw, as with `ds.map`).
+
+        Args:
+            split: required for a DatasetDict, whose other splits are left alone: only training data is to be changed.
+            num_proc: worker processes; None for none.
+            batch_size: pictures held at a time.
+            cache_dir: folder for the cache files; default: `datasets`' own choice, beside the source's cache.
+
+        Raises:
+            ValueError: as `__call__`, naming the row of the split; a column that would not hold the result; a stored
+                picture that differs.
+            TypeError: not a Dataset, DatasetDict or IterableDataset.
+        """
+        if isinstance(dataset, DatasetDict):
+            if split is None:
+                raise ValueError(
+                    f"expected one split, got a DatasetDict of {list(dataset)}: only training data is to be changed; "
+                    'say which with apply(ds, split="train")'
+                )
+            if split not in dataset:
+                raise ValueError(f"split={split!r} is not in this DatasetDict of {list(dataset)}")
+            done = self.apply(dataset[split], num_proc=num_proc, batch_size=batch_size, cache_dir=cache_dir)
+            return cast(D, DatasetDict({**dataset, split: done}))
+        if isinstance(dataset, IterableDataset):
+            return cast(D, self._apply_to_stream(dataset, batch_size))
+        if not isinstance(dataset, Dataset):
+            raise TypeError(f"expected a Dataset, DatasetDict or IterableDataset, got {type(dataset).__name__}")
+        return cast(D, self._apply_to_split(dataset, num_proc, batch_size, cache_dir))
+
+    def _columns(self, features: Mapping[str, Any]) -> tuple[str, str | None]:
+        image = columns.image_column(features, self.image_column)
+        mode = features[image].mode
+        if mode not in (None, "RGB", "RGBA"):
+            raise ValueError(
+                f"column {image!r} is read as mode {mode!r}, which would not show the changed colours: "
+                f"ds.cast_column({image!r}, Image()) first"
+            )
+        return image, columns.label_column(features, self.label_column) if self.needs_labels else None
+
+    def _apply_to_stream(self, dataset: IterableDataset, batch_size: int) -> IterableDataset:
+        features = dataset.features
+        if features is None:
+            return dataset.map(self, batched=True, batch_size=batch_size)
+        image, label = self._columns(features)
+        self.check_classes(columns.class_names(features, label) if label else None, f"column {label!r}")
+        plain = dataset.cast_column(image, Image(decode=False))
+        changed = plain.map(
+            _Indexed(replace(self, image_column=image, label_column=label), image, label, None, with_digest=False),
+            batched=True,
+            batch_size=batch_size,
+            with_indices=True,
+            features=features,
+        )
+        return changed
+
+    def _apply_to_split(
+        self, dataset: Dataset, num_proc: int | None, batch_size: int, cache_dir: str | Path | None
+    ) -> Dataset:
+        image, label = self._columns(dataset.features)
+        if label is not None:
+            names = columns.class_names(dataset.features, label)
+            self.check_classes(names, f"column {label!r}")
+            columns.check_labels(dataset.with_format("arrow")[label], names, label)
+        features, form = dataset.features.copy(), dataset.format
+        plain = dataset.with_format(None).cast_column(image, Image(decode=False))
+        chosen = self.chosen_exactly(plain, image, label)
+        function = _Indexed(
+            replace(self, image_column=image, label_column=label), image, label, chosen, with_digest=True
+        )
+        state = json.dumps([plain._fingerprint, self.cache_state()], sort_keys=True)
+        fingerprint = hashlib.sha256(state.encode()).hexdigest()[:32]
+        stored = plain.map(
+            function,
+            batched=True,
+            batch_size=batch_size,
+            with_indices=True,
+            num_proc=num_proc,
+            features=datasets.Features({**plain.features, _CHECK_COLUMN: datasets.Value("binary")}),
+            new_fingerprint=fingerprint,
+            cache_file_name=None if cache_dir is None else str(Path(cache_dir) / f"cache-{fingerprint}.arrow"),
+            desc=f"{self.name}: pictures",
+        )
+        stored.map(
+            _ReadBack(image),
+            batched=True,
+            batch_size=batch_size,
+            with_indices=True,
+            num_proc=num_proc,
+            desc=f"{self.name}: read back",
+        )
+        stored = stored.remove_columns(_CHECK_COLUMN).cast_column(image, features[image])
+        return stored.with_format(form["type"], columns=form["columns"], **form["format_kwargs"])
+
+    def _on_example(
+        self,
+        example: Mapping[str, Any],
+        *,
+        indices: Sequence[int] | None,
+        chosen: np.ndarray | None,
+        with_digest: bool,
+    ) -> dict[str, Any]:
+        one_thread_in_workers()
+        if not hasattr(example, "keys"):
+            raise TypeError(
+                f"expected a row or batch of columns, got {type(example).__name__}: ds.with_format(None) first"
+            )
+        features = getattr(getattr(example, "formatter", None), "features", None)
+        if features is not None:
+            image, label = self._columns({name: features[name] for name in example if name in features})
+        else:
+            image, label = columns.of_example(example, self.image_column, self.label_column, self.needs_labels)
+        is_batch = columns.is_batch(example[image], example[label] if label else None)
+        values = list(example[image]) if is_batch else [example[image]]
+        labels = None
+        if label is not None:
+            labels = list(example[label]) if is_batch else [example[label]]
+        if indices is not None:
+            where = [f"row {i}" for i in indices]
+        else:
+            where = [f"row {i} of the batch" for i in range(len(values))] if is_batch else ["this row"]
+        checked = None
+        if labels is not None:
+            checked = [
+                columns.check_label(value, at, cast(str, label)) for value, at in zip(labels, where, strict=True)
+            ]
+        pictures = decode_many(values, where=where)
+        mask = self.chosen(pictures, checked) if chosen is None else chosen
+        changed = self._on_pictures(pictures, checked, mask, where)
+        if type(example) is dict and values and not isinstance(values[0], dict | bytes):
+            stored: list[Any] = [to_pil(picture) for picture in changed]
+        elif is_batch:
+            stored = encode_many(changed, image_format=self.image_format, compress_level=self.compress_level)
+        else:
+            stored = [encode(changed[0], image_format=self.image_format, compress_level=self.compress_level)]
+        stored = [{"bytes": value, "path": None} if isinstance(value, bytes) else value for value in stored]
+        result: dict[str, Any] = {image: stored if is_batch else stored[0]}
+        if with_digest:
+            result[_CHECK_COLUMN] = [digest(picture.pixels) for picture in changed]
+        return result
+
+    def _on_pictures(
+        self, pictures: list[Picture], labels: list[int] | None, mask: np.ndarray, where: Sequence[str]
+    ) -> list[Picture]:
+        changed = list(pictures)
+        sizes: dict[torch.Size, list[int]] = {}
+        for row in np.flatnonzero(mask).tolist():
+            sizes.setdefault(pictures[row].pixels.shape, []).append(row)
+        for rows in sizes.values():
+            pixels = torch.stack([pictures[row].pixels for row in rows]).to(self.device)
+            y = None if labels is None else torch.tensor([labels[row] for row in rows], device=self.device)
+            with torch.no_grad():
+                new = self.change(pixels, y, [where[row] for row in rows]).cpu()
+            for position, row in enumerate(rows):
+                changed[row] = Picture(new[position], pictures[row].alpha)
+        return changed
+
+
+@dataclass(frozen=True)
+class _Indexed:
+    """What `apply` maps: the transform with its columns settled, rows counted over the split, and a digest to check."""
+
+    transform: Transform
+    image: str
+    label: str | None
+    chosen: np.ndarray | None
+    with_digest: bool
+
+    def __call__(self, batch: Mapping[str, Any], indices: Sequence[int]) -> dict[str, Any]:
+        narrow = {name: batch[name] for name in (self.image, self.label) if name is not None}
+        chosen = None if self.chosen is None else self.chosen[np.asarray(indices)]
+        return self.transform._on_example(narrow, indices=indices, chosen=chosen, with_digest=self.with_digest)
+
+
+@dataclass(frozen=True)
+class _ReadBack:
+    """Decodes what was stored and compares it with what was meant."""
+
+    image: str
+
+    def __call__(self, batch: Mapping[str, Any], indices: Sequence[int]) -> None:
+        one_thread_in_workers()
+        where = [f"row {i}, read back" for i in indices]
+        for picture, expected, at in zip(
+            decode_many(batch[self.image], where=where), batch[_CHECK_COLUMN], where, strict=True
+        ):
+            if digest(picture.pixels) != expected:
+                raise ValueError(f"{at}: the stored picture is not the one that was made")
+
+
+def _hash_by_cache_state(cls: type[Transform]) -> None:
+    """Make `datasets` fingerprint a transform by `cache_state()`: small, stable, and without the key.
+
+    Only the pickler that makes fingerprints is told; pickling for worker processes stays complete.
+    """
+    from datasets.utils import _dill
+
+    register = cast(Callable[[type], Callable[[Callable[..., None]], Any]], _dill.pklregister)
+
+    @register(cls)
+    def _save(pickler: Any, transform: Transform) -> None:
+        state = json.dumps(transform.cache_state(), sort_keys=True)
+        pickler.save_reduce(_Fingerprint, (type(transform).__qualname__, state), obj=transform)
+
+
+def _Fingerprint(*parts: str) -> None:
+    """Stands for a transform in a fingerprint; never called."""
