@@ -159,3 +159,16 @@ def is_batch(image: Any, label: Any) -> bool:
         if image.ndim == 3 and label is not None:
             return not isinstance(label, int | np.integer) and getattr(label, "ndim", 1) > 0
     return False
+
+
+def labels_of(features: Mapping[str, Any], column: str, wanted: Sequence[str]) -> tuple[int, ...]:
+    """Labels from class names or numbers.
+
+    Raises:
+        ValueError: a name that is no class; names the classes.
+    """
+    names = class_names(features, column) or ()
+    unknown = [name for name in wanted if name not in names and not name.isdigit()]
+    if unknown:
+        raise ValueError(f"expected classes of column {column!r}, got {unknown}; the classes are {list(names)}")
+    return tuple(names.index(name) if name in names else int(name) for name in wanted)

@@ -6,20 +6,20 @@ What is stored is lossless and made from fresh pixels: never the source's encode
 import hashlib
 import io
 import os
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import cache
-from typing import Any, Literal, TypeAlias, cast
+from typing import Any, Literal, TypeAlias
 
 import multiprocess.process
 import numpy as np
 import PIL.Image
 import PIL.ImageOps
 import torch
+import torchvision.io  # noqa: F401 (registers its operators)
 from jaxtyping import Float, Int, UInt8
 from torch import Tensor
-from torchvision.io import ImageReadMode, decode_jpeg, encode_png
 
 Images: TypeAlias = Float[Tensor, "b 3 h w"]
 Pixels: TypeAlias = UInt8[Tensor, "b 3 h w"]
@@ -60,7 +60,7 @@ def digest(pixels: UInt8[Tensor, "3 h w"]) -> bytes:
     """16 bytes that identify decoded pixels: BLAKE2b of height, width and the RGB planes, whatever the container."""
     _, height, width = pixels.shape
     state = hashlib.blake2b(f"{height}x{width}".encode(), digest_size=16)
-    state.update(memoryview(pixels.contiguous().cpu().numpy()))
+    state.update(pixels.contiguous().cpu().numpy().data)
     return state.digest()
 
 
@@ -104,37 +104,72 @@ def _bytes_of(value: dict[str, Any], where: str) -> bytes:
         raise ValueError(f"{where}: expected a readable picture file, got {error.strerror or error}") from error
 
 
+# torchvision's codecs are several times faster than PIL's on small pictures and run in threads. Its Python functions
+# are announced for removal, so its operators are used where they exist and give PIL's pixels, PIL everywhere else.
+_JPEG_UNCHANGED = 0
+
+
+def _operator(name: str) -> Callable[..., Tensor] | None:
+    try:
+        return getattr(torch.ops.image, name)
+    except (AttributeError, RuntimeError):
+        return None
+
+
+_decode_jpeg = _operator("decode_jpeg")
+_encode_png = _operator("encode_png")
+
+
+def _test_picture() -> np.ndarray:
+    yy, xx = np.mgrid[0:37, 0:51]
+    return np.stack([xx * 5, yy * 6, (xx * yy) % 256], axis=-1).astype(np.uint8)
+
+
 @cache
 def _jpeg_decoders_agree() -> bool:
-    """Whether torchvision decodes a JPEG to PIL's pixels here: both must come from compatible builds of libjpeg."""
-    yy, xx = np.mgrid[0:37, 0:51]
-    picture = np.stack([xx * 5, yy * 6, (xx * yy) % 256], axis=-1).astype(np.uint8)
     for options in ({"quality": 75}, {"quality": 92, "subsampling": 0}, {"quality": 30, "progressive": True}):
         buffer = io.BytesIO()
-        PIL.Image.fromarray(picture).save(buffer, "JPEG", **options)
-        ours = _decode_jpeg(buffer.getvalue()).permute(1, 2, 0).numpy()
-        if not np.array_equal(ours, np.asarray(PIL.Image.open(buffer))):
+        PIL.Image.fromarray(_test_picture()).save(buffer, "JPEG", **options)
+        ours = _decode_jpeg_bytes(buffer.getvalue())
+        if ours is None or not np.array_equal(ours.permute(1, 2, 0).numpy(), np.asarray(PIL.Image.open(buffer))):
             return False
     return True
 
 
-def _decode_jpeg(data: bytes) -> Tensor:
-    stream = torch.frombuffer(bytearray(data), dtype=torch.uint8)
-    return cast(Tensor, decode_jpeg(stream, mode=ImageReadMode.UNCHANGED))
+@cache
+def _png_encoder_agrees() -> bool:
+    pixels = torch.from_numpy(_test_picture()).permute(2, 0, 1).contiguous()
+    data = _encode_png_bytes(pixels, 1)
+    return data is not None and np.array_equal(np.asarray(PIL.Image.open(io.BytesIO(data))), _test_picture())
+
+
+def _decode_jpeg_bytes(data: bytes) -> Tensor | None:
+    if _decode_jpeg is None:
+        return None
+    try:
+        return _decode_jpeg(torch.frombuffer(bytearray(data), dtype=torch.uint8), _JPEG_UNCHANGED, False)
+    except (RuntimeError, TypeError):
+        return None
+
+
+def _encode_png_bytes(pixels: Tensor, compress_level: int) -> bytes | None:
+    if _encode_png is None:
+        return None
+    try:
+        return _encode_png(pixels, compress_level).numpy().tobytes()
+    except (RuntimeError, TypeError):
+        return None
 
 
 def _decode_plain(data: bytes) -> Tensor | None:
-    """torchvision's faster decoder for the JPEGs on which it gives exactly PIL's pixels; None for everything else.
+    """The faster decoder, for JPEGs of three channels without EXIF; None for everything else.
 
     Not for PNG: torchvision's decoder ends the process on some damaged files.
     """
     if data[:3] != b"\xff\xd8\xff" or b"Exif\0\0" in data[:65536] or not _jpeg_decoders_agree():
         return None
-    try:
-        pixels = _decode_jpeg(data)
-    except RuntimeError:
-        return None
-    return pixels if pixels.shape[0] == 3 else None
+    pixels = _decode_jpeg_bytes(data)
+    return pixels if pixels is not None and pixels.shape[0] == 3 else None
 
 
 def _from_pil(picture: PIL.Image.Image, where: str) -> Picture:
@@ -241,8 +276,10 @@ def encode(picture: Picture, *, image_format: ImageFormat = "png", compress_leve
         compress_level: 0 (stored) to 9 (smallest). On noisy or blurred pictures levels above 1 cost several times the
             time for a few per cent of the size, so 1 is the default. For WebP it is the encoder's effort.
     """
-    if image_format == "png" and picture.alpha is None:
-        return encode_png(picture.pixels, compress_level).numpy().tobytes()
+    if image_format == "png" and picture.alpha is None and _png_encoder_agrees():
+        data = _encode_png_bytes(picture.pixels, compress_level)
+        if data is not None:
+            return data
     buffer = io.BytesIO()
     if image_format == "webp":
         effort = max(0, min(6, compress_level - 1))

@@ -12,7 +12,7 @@ import os
 import secrets
 from functools import cache
 from pathlib import Path
-from typing import SupportsIndex, TypeAlias
+from typing import SupportsIndex, TypeAlias, cast
 
 import numpy as np
 import torch
@@ -26,7 +26,7 @@ def new_key() -> bytes:
     return secrets.token_bytes(KEY_BYTES)
 
 
-def check_key(key: SupportsIndex | bytes) -> Key:
+def check_key(key: object) -> Key:
     """The key as a plain `int` or `bytes`.
 
     Raises:
@@ -39,7 +39,7 @@ def check_key(key: SupportsIndex | bytes) -> Key:
         return key
     if isinstance(key, bool) or not hasattr(key, "__index__"):
         raise TypeError(f"a key is a non-negative int or {KEY_BYTES} bytes, got {type(key).__name__}")
-    number = operator.index(key)
+    number = operator.index(cast(SupportsIndex, key))
     if number < 0:
         raise ValueError("an int seed is not negative")
     return number
@@ -115,3 +115,30 @@ def cache_tag(key: Key) -> str:
     as the process, and caches are not reused.
     """
     return hashlib.sha256(_local_salt() + subkey(key, "cache tag")).hexdigest()
+
+
+def write_key(path: str | Path) -> bytes:
+    """A fresh secret key, written as hex to a new file that only its owner may read.
+
+    Raises:
+        FileExistsError: there is such a file: a key is never overwritten.
+    """
+    key = new_key()
+    descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
+    with os.fdopen(descriptor, "w") as file:
+        file.write(key.hex() + "\n")
+    return key
+
+
+def read_key(path: str | Path) -> bytes:
+    """The secret key in a file made by `write_key`.
+
+    Raises:
+        FileNotFoundError: there is no such file.
+        ValueError: the file does not hold 64 hexadecimal digits; the message does not repeat what it holds.
+    """
+    text = Path(path).read_text(errors="replace").strip()
+    try:
+        return cast(bytes, check_key(bytes.fromhex(text)))
+    except ValueError:
+        raise ValueError(f"{path}: expected a key of {2 * KEY_BYTES} hexadecimal digits") from None

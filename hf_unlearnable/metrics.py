@@ -1,0 +1,154 @@
+"""What was done to the pixels: published uint8 beside clean uint8, picture by picture."""
+
+import math
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from hf_unlearnable.budget import Budget
+from hf_unlearnable.images import Pixels
+
+PSNR_CAP = 100.0
+SSIM_WINDOW = 11
+
+
+def psnr(clean: Pixels, poisoned: Pixels) -> Float[Tensor, "b"]:
+    """Peak signal-to-noise ratio of every picture in dB, 10 log10(255^2 / MSE); 100 for identical pictures.
+
+    Source: METHODS_NEW N40. Deviations: none.
+    """
+    error = (poisoned.double() - clean.double()).square().flatten(1).mean(1)
+    return (10 * torch.log10(255.0**2 / error)).clamp_max(PSNR_CAP)
+
+
+def ssim(clean: Pixels, poisoned: Pixels) -> Float[Tensor, "b"]:
+    """Structural similarity of every picture (Wang's form), the mean over channels and the valid region.
+
+    11 x 11 Gaussian window of sigma 1.5, population covariance, K1 = 0.01, K2 = 0.03, data range 255.
+
+    Raises:
+        ValueError: pictures smaller than the window.
+
+    Source: METHODS_NEW N40 ("wang"). Deviations: none.
+    """
+    if min(clean.shape[2:]) < SSIM_WINDOW:
+        raise ValueError(f"SSIM needs pictures of at least {SSIM_WINDOW} pixels a side, got {tuple(clean.shape[2:])}")
+    x, y = clean.to(torch.float32), poisoned.to(torch.float32)
+    mean_x, mean_y = _smooth(x), _smooth(y)
+    var_x = _smooth(x * x) - mean_x.square()
+    var_y = _smooth(y * y) - mean_y.square()
+    cov = _smooth(x * y) - mean_x * mean_y
+    c1, c2 = (0.01 * 255) ** 2, (0.03 * 255) ** 2
+    top = (2 * mean_x * mean_y + c1) * (2 * cov + c2)
+    return (top / ((mean_x.square() + mean_y.square() + c1) * (var_x + var_y + c2))).flatten(1).mean(1)
+
+
+def _smooth(x: Float[Tensor, "b c h w"]) -> Float[Tensor, "b c h2 w2"]:
+    offsets = torch.arange(SSIM_WINDOW) - SSIM_WINDOW // 2
+    window = torch.exp(-offsets.square() / (2 * 1.5**2))
+    window /= window.sum()
+    for axis in (2, 3):
+        length = x.shape[axis] - SSIM_WINDOW + 1
+        total = x.narrow(axis, 0, length) * window[0].item()
+        for shift, weight in enumerate(window[1:].tolist(), start=1):
+            total.add_(x.narrow(axis, shift, length), alpha=weight)
+        x = total
+    return x
+
+
+@dataclass
+class PixelReport:
+    """Collects what was done to the pixels, batch by batch; memory grows by a few numbers a row.
+
+    Args:
+        budget: what the method promised; `update` enforces it.
+        perceptual_every: PSNR and SSIM are measured on every n-th row (the rest on all rows).
+    """
+
+    budget: Budget | None = None
+    perceptual_every: int = 1
+    _rows: dict[str, list[np.ndarray]] = field(default_factory=dict)
+    _values: int = 0
+    _at_bound: int = 0
+    _clipped: int = 0
+    _changed_values: int = 0
+
+    def update(self, clean: Pixels, poisoned: Pixels, rows: list[int]) -> None:
+        """Add pictures of one size; `rows` are their places in the split.
+
+        Raises:
+            ValueError: a row exceeds the budget; names it.
+        """
+        where = [f"row {row}" for row in rows]
+        if self.budget is not None:
+            self.budget.check(clean, poisoned, where)
+        difference = poisoned.to(torch.int16) - clean.to(torch.int16)
+        size = difference.abs()
+        changed = size != 0
+        self._values += size.numel()
+        self._changed_values += int(changed.sum())
+        if self.budget is not None and self.budget.norm == "linf":
+            self._at_bound += int((size == math.floor(self.budget.epsilon * 255 + 1e-6)).sum())
+        self._clipped += int((changed & ((poisoned == 0) | (poisoned == 255))).sum())
+        self._add("row", np.asarray(rows))
+        self._add("linf_levels", size.flatten(1).amax(1).numpy())
+        self._add("l2", (difference.double().flatten(1).norm(dim=1) / 255).numpy())
+        self._add("l0_pixels", changed.any(1).flatten(1).sum(1).numpy())
+        self._add("mean_shift_levels", difference.double().flatten(1).mean(1).numpy())
+        picked = [i for i, row in enumerate(rows) if row % self.perceptual_every == 0]
+        if picked:
+            self._add("psnr_db", psnr(clean[picked], poisoned[picked]).numpy())
+            self._add("perceptual_row", np.asarray(rows)[picked])
+            small = min(clean.shape[2:]) < SSIM_WINDOW
+            self._add("ssim", np.full(len(picked), np.nan) if small else ssim(clean[picked], poisoned[picked]).numpy())
+
+    def summary(self) -> dict[str, Any]:
+        """JSON values: for each measure mean, standard deviation, 5th and 95th percentile, least and largest.
+
+        Raises:
+            ValueError: nothing was added.
+        """
+        if not self._rows:
+            raise ValueError("no pictures were measured")
+        columns = {name: np.concatenate(parts) for name, parts in self._rows.items()}
+        rows, seen = columns.pop("row"), columns.pop("perceptual_row", np.empty(0, dtype=int))
+        result: dict[str, Any] = {
+            "rows": len(rows),
+            "rows_changed": int((columns["linf_levels"] > 0).sum()),
+            "perceptual_rows": len(seen),
+            "values_changed": self._changed_values / self._values,
+            "values_clipped": self._clipped / self._values,
+            "ssim_variant": "wang: 11x11 Gaussian, sigma 1.5, valid region, mean of channels",
+        }
+        if self.budget is not None:
+            result["budget"] = {"norm": self.budget.norm, "epsilon": self.budget.epsilon, "kept_by_rows": len(rows)}
+            if self.budget.norm == "linf":
+                result["values_at_bound"] = self._at_bound / self._values
+        for name, values in columns.items():
+            result[name] = _spread(values)
+        if len(seen):
+            order = np.argsort(columns["psnr_db"], kind="stable")[:16]
+            result["worst_rows_by_psnr"] = seen[order].tolist()
+        return result
+
+    def _add(self, name: str, values: np.ndarray) -> None:
+        self._rows.setdefault(name, []).append(values)
+
+
+def _spread(values: np.ndarray) -> dict[str, float] | None:
+    values = values[~np.isnan(values)]
+    if not len(values):
+        return None
+    low, high = np.percentile(values, [5, 95])
+    return {
+        "mean": float(values.mean()),
+        "sd": float(values.std()),
+        "p5": float(low),
+        "p95": float(high),
+        "least": float(values.min()),
+        "largest": float(values.max()),
+    }

@@ -1,0 +1,46 @@
+"""A picture of what was done: clean, poisoned and magnified difference for rows of several classes."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from matplotlib.figure import Figure
+
+from hf_unlearnable.images import Picture
+
+MAGNIFY = 8
+
+
+@dataclass(frozen=True)
+class Pair:
+    """One row before and after."""
+
+    row: int
+    class_name: str
+    clean: Picture
+    poisoned: Picture
+
+
+def draw(pairs: Sequence[Pair], path: str | Path, *, title: str) -> None:
+    """A PNG with one column a row: clean, poisoned, and difference times 8 around mid-grey.
+
+    Raises:
+        ValueError: no rows.
+    """
+    if not pairs:
+        raise ValueError("a preview needs at least one row")
+    figure = Figure(figsize=(1.35 * len(pairs) + 1.1, 4.9), dpi=110, layout="constrained")
+    axes = figure.subplots(3, len(pairs), squeeze=False)
+    for column, pair in enumerate(pairs):
+        before, after = pair.clean.pixels.int(), pair.poisoned.pixels.int()
+        difference = (128 + MAGNIFY * (after - before)).clamp(0, 255)
+        for axis, pixels in zip(axes[:, column], (before, after, difference), strict=True):
+            axis.imshow(pixels.permute(1, 2, 0).to(torch.uint8).numpy(), interpolation="nearest")
+            axis.set_xticks([])
+            axis.set_yticks([])
+        axes[0, column].set_title(f"{pair.class_name}\nrow {pair.row}", fontsize=8)
+    for axis, name in zip(axes[:, 0], ("clean", "poisoned", f"difference\nx {MAGNIFY}"), strict=True):
+        axis.set_ylabel(name, fontsize=9)
+    figure.suptitle(title, fontsize=10)
+    figure.savefig(str(path))

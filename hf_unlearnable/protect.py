@@ -1,0 +1,226 @@
+"""Protect a dataset: from a split to a folder that `load_dataset` reads, with its record and pictures."""
+
+import hashlib
+import math
+import os
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, cast
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import torch
+from datasets import Dataset, Image
+from filelock import FileLock, Timeout
+from tqdm.auto import tqdm
+
+from hf_unlearnable import card, columns, preview
+from hf_unlearnable.images import Picture, decode_many, digest
+from hf_unlearnable.keys import commitment
+from hf_unlearnable.metrics import PixelReport
+from hf_unlearnable.poisons.base import Poison
+from hf_unlearnable.record import Record
+
+SHARD_BYTES = 500_000_000
+PERCEPTUAL_ROWS = 10_000
+PREVIEW_ROWS = 8
+
+
+def protect(
+    dataset: Dataset,
+    poison: Poison,
+    output: str | Path,
+    *,
+    source: str,
+    split: str = "train",
+    num_proc: int | None = None,
+    batch_size: int = 500,
+    overwrite: bool = False,
+    record_seed: bool = False,
+    progress: bool = True,
+) -> Record:
+    """Poison a split and write a folder: `data/` (parquet), `record.json`, `preview.png` and a `README.md` card stub.
+
+    Everything is made in a hidden folder beside `output`, which takes its place only when all of it has been written,
+    read back and measured; after an interruption a further call goes on with the shards that are complete.
+
+    Args:
+        source: the name of the dataset for the record and the card; of a path, the last part is kept.
+        overwrite: replace an existing `output`.
+        record_seed: write an int seed into the record, for reproducible research.
+
+    Raises:
+        FileExistsError: `output` exists, or another run is writing it.
+        ValueError: anything `Poison.apply` refuses, a row over budget, or published data that differ from the source
+            in rows, order, labels or other columns.
+    """
+    output = Path(output)
+    if not len(dataset):
+        raise ValueError("expected rows to protect, got an empty split")
+    if output.exists() and not overwrite:
+        raise FileExistsError(f"{output} exists: choose another output, or overwrite it (--overwrite)")
+    staging = output.parent / f".{output.name}.partial"
+    staging.mkdir(parents=True, exist_ok=True)
+    lock = FileLock(str(staging) + ".lock")
+    try:
+        lock.acquire(timeout=0)
+    except Timeout:
+        raise FileExistsError(f"another run is writing {output}") from None
+    with lock:
+        for name in ("data", "record.json", "preview.png", "README.md"):
+            _remove(staging / name)
+        (staging / "cache").mkdir(exist_ok=True)
+        poisoned = poison.apply(dataset, num_proc=num_proc, batch_size=batch_size, cache_dir=staging / "cache")
+        files = _write(poisoned, staging / "data", split, progress)
+        record = _measure(dataset, poison, files, source, split, record_seed, staging, progress)
+        record.save(staging / "record.json")
+        (staging / "README.md").write_text(card.stub(record))
+        del poisoned
+        _remove(staging / "cache")
+        retired = output.parent / f".{output.name}.retired"
+        _remove(retired)
+        if output.exists():
+            os.replace(output, retired)
+        os.replace(staging, output)
+        _remove(retired)
+    _remove(Path(lock.lock_file))
+    return record
+
+
+def _remove(path: Path) -> None:
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path)
+    else:
+        path.unlink(missing_ok=True)
+
+
+def _write(dataset: Dataset, folder: Path, split: str, progress: bool) -> list[Path]:
+    folder.mkdir()
+    shards = max(1, math.ceil(dataset.data.nbytes / SHARD_BYTES))
+    files = [folder / f"{split}-{i:05d}-of-{shards:05d}.parquet" for i in range(shards)]
+    for i, file in enumerate(tqdm(files, desc="writing", unit="shard", disable=not progress)):
+        dataset.shard(shards, i, contiguous=True).to_parquet(str(file))
+    return files
+
+
+def _published(files: list[Path], batch_size: int) -> Iterator[pa.Table]:
+    for file in files:
+        with pq.ParquetFile(file) as parquet:
+            for batch in parquet.iter_batches(batch_size):
+                yield pa.Table.from_batches([batch])
+
+
+def _measure(
+    clean: Dataset,
+    poison: Poison,
+    files: list[Path],
+    source: str,
+    split: str,
+    record_seed: bool,
+    folder: Path,
+    progress: bool,
+    batch_size: int = 500,
+) -> Record:
+    """Read the published files again, beside the source."""
+    image = columns.image_column(clean.features, poison.image_column)
+    label = columns.label_column(clean.features, poison.label_column) if poison.needs_labels else None
+    names = columns.class_names(clean.features, label) if label else None
+    wanted = _preview_rows(clean, label)
+    plain = clean.with_format("arrow").cast_column(image, Image(decode=False))
+    report = PixelReport(budget=poison.budget, perceptual_every=max(1, math.ceil(len(clean) / PERCEPTUAL_ROWS)))
+    clean_digest, published_digest = hashlib.sha256(), hashlib.sha256()
+    pairs: dict[int, preview.Pair] = {}
+    start = 0
+    bar = tqdm(total=len(clean), desc="measuring", unit="rows", disable=not progress)
+    for table in _published(files, batch_size):
+        rows = list(range(start, start + len(table)))
+        before = cast(pa.Table, plain[start : start + len(table)])
+        _check_others(before.drop_columns([image]), table.drop_columns([image]), start)
+        old = decode_many(before[image].to_pylist(), where=[f"row {row}" for row in rows])
+        new = decode_many(table[image].to_pylist(), where=[f"published row {row}" for row in rows])
+        for picture in old:
+            clean_digest.update(digest(picture.pixels))
+        for picture in new:
+            published_digest.update(digest(picture.pixels))
+        _update(report, old, new, rows)
+        for row in wanted.intersection(rows):
+            value = before[label][row - start].as_py() if label else None
+            name = names[value] if names and value is not None else f"class {value}" if label else ""
+            pairs[row] = preview.Pair(row, name, old[row - start], new[row - start])
+        start += len(table)
+        bar.update(len(table))
+    bar.close()
+    if start != len(clean):
+        raise ValueError(f"expected {len(clean)} published rows, got {start}")
+    pixels = report.summary()
+    title = f"{poison.name}: {pixels['rows_changed']} of {pixels['rows']} pictures changed"
+    preview.draw([pairs[row] for row in sorted(pairs)], folder / "preview.png", title=title)
+    return Record(
+        method=poison.name,
+        settings=poison.settings(),
+        key=_describe_key(poison, record_seed),
+        source={
+            "dataset": Path(source).name if Path(source).exists() else source,
+            "split": split,
+            "rows": len(clean),
+            "image_column": image,
+            "label_column": label,
+            "classes": list(names) if names else None,
+            "pixels_sha256": clean_digest.hexdigest(),
+        },
+        published={
+            "rows": start,
+            "image_format": poison.image_format,
+            "compress_level": poison.compress_level,
+            "pixels_sha256": published_digest.hexdigest(),
+            "files": {f"data/{file.name}": {"sha256": _sha256(file), "bytes": file.stat().st_size} for file in files},
+        },
+        pixels=pixels,
+    )
+
+
+def _describe_key(poison: Poison, record_seed: bool) -> dict[str, Any]:
+    kind = "int" if isinstance(poison.seed, int) else "secret"
+    described = {"kind": kind, "commitment": commitment(poison.seed)}
+    return {**described, "seed": poison.seed} if record_seed and kind == "int" else described
+
+
+def _preview_rows(dataset: Dataset, label: str | None) -> set[int]:
+    """The first rows of up to eight classes; without labels, rows spread over the split."""
+    if label is None:
+        return set(np.linspace(0, len(dataset) - 1, min(PREVIEW_ROWS, len(dataset))).astype(int).tolist())
+    _, first = np.unique(np.asarray(dataset.with_format("numpy")[label]), return_index=True)
+    return set(first[:PREVIEW_ROWS].tolist())
+
+
+def _update(report: PixelReport, old: list[Picture], new: list[Picture], rows: list[int]) -> None:
+    sizes: dict[torch.Size, list[int]] = {}
+    for i, (before, after) in enumerate(zip(old, new, strict=True)):
+        if before.pixels.shape != after.pixels.shape:
+            raise ValueError(
+                f"row {rows[i]}: expected a picture of shape {before.pixels.shape}, got {after.pixels.shape}"
+            )
+        sizes.setdefault(before.pixels.shape, []).append(i)
+    for places in sizes.values():
+        report.update(
+            torch.stack([old[i].pixels for i in places]),
+            torch.stack([new[i].pixels for i in places]),
+            [rows[i] for i in places],
+        )
+
+
+def _check_others(before: pa.Table, after: pa.Table, start: int) -> None:
+    if before.column_names != after.column_names:
+        raise ValueError(f"expected columns {before.column_names}, published {after.column_names}")
+    for name in before.column_names:
+        old, new = before[name].to_pylist(), after[name].to_pylist()
+        differ = [i for i, (a, b) in enumerate(zip(old, new, strict=True)) if a != b and repr(a) != repr(b)]
+        if differ:
+            raise ValueError(f"row {start + differ[0]}: column {name!r} of the published data differs from the source")
+
+
+def _sha256(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()

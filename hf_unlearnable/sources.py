@@ -1,0 +1,71 @@
+"""Where data come from: a Hub id, a folder or file on disk, or pictures that the project makes."""
+
+from collections.abc import Iterable
+from difflib import get_close_matches
+from pathlib import Path
+
+from datasets import Dataset, DatasetDict, load_dataset, load_from_disk
+from datasets.exceptions import DatasetNotFoundError
+
+from hf_unlearnable import demo
+
+DEMO = "demo"
+
+
+def load_split(source: str | Path, split: str | None = None, *, config: str | None = None) -> Dataset:
+    """One split of a dataset.
+
+    Args:
+        source: a Hub id, a folder of pictures in one folder a class (imagefolder), a folder or file of parquet, a
+            folder made by `save_to_disk`, or "demo" for pictures that are drawn on the spot.
+        split: its name; None takes the only split, or "train".
+        config: the configuration of a Hub dataset with several.
+
+    Raises:
+        FileNotFoundError: a path that is not there, or a Hub id that cannot be reached.
+        ValueError: no such split; names the ones there are.
+    """
+    found = _load(str(source), config)
+    if isinstance(found, Dataset):
+        if split not in (None, str(found.split), "train"):
+            raise ValueError(f"expected split {split!r} of {source}, which holds one unnamed split")
+        return found
+    names = [str(name) for name in found]
+    wanted = split or (names[0] if len(names) == 1 else "train")
+    if wanted not in names:
+        raise ValueError(f"expected split {wanted!r} of {source}, got {names}{near(wanted, names)}")
+    return found[wanted]
+
+
+def _load(source: str, config: str | None) -> Dataset | DatasetDict:
+    if source == DEMO:
+        return demo.shapes()
+    path = Path(source)
+    if not path.exists():
+        if source.startswith((".", "/", "~")) or source.count("/") > 1 or path.suffix:
+            raise FileNotFoundError(f"there is no {source}")
+        try:
+            return _as_dict(load_dataset(source, config))
+        except (DatasetNotFoundError, ConnectionError, OSError) as error:
+            raise FileNotFoundError(
+                f"{source!r} is neither a path here nor a dataset that the Hub gave: {error}"
+            ) from error
+    if (path / "dataset_dict.json").exists() or (path / "state.json").exists():
+        return load_from_disk(source)
+    if path.is_file():
+        if path.suffix != ".parquet":
+            raise ValueError(f"expected a folder or a .parquet file, got {source}")
+        return _as_dict(load_dataset("parquet", data_files=source))
+    return _as_dict(load_dataset(source, config))
+
+
+def _as_dict(found: object) -> DatasetDict:
+    if not isinstance(found, DatasetDict):
+        raise TypeError(f"expected splits, got {type(found).__name__}")
+    return found
+
+
+def near(name: str, names: Iterable[str]) -> str:
+    """ ", did you mean ...?" for an unknown name, or nothing."""
+    matches = get_close_matches(name, list(names), n=3, cutoff=0.4)
+    return f"; did you mean {' or '.join(map(repr, matches))}?" if matches else ""

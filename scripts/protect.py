@@ -1,0 +1,93 @@
+"""Protect a dataset: poison one split and write a folder that `load_dataset` reads.
+
+    python scripts/protect.py --dataset demo --poison cuda --seed 7 --output out/demo
+    python scripts/protect.py --dataset path/or/hub-id --poison cuda --key-file key --output out/cuda
+
+`python scripts/protect.py --poison cuda --help` lists the settings of a poison.
+"""
+
+import argparse
+import sys
+from pathlib import Path
+
+import hf_unlearnable as hu
+from hf_unlearnable import columns, options, sources
+from hf_unlearnable.keys import read_key
+from hf_unlearnable.protect import protect
+
+POISONS: dict[str, type[hu.Poison]] = {
+    "cuda": hu.CudaPoison,
+    "random-noise": hu.RandomNoisePoison,
+}
+SETTLED = ("seed", "classes", "num_classes")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False, add_help=False
+    )
+    parser.add_argument("--dataset", required=True, help="Hub id, folder of pictures, parquet, save_to_disk, or demo")
+    parser.add_argument("--config", help="configuration of a Hub dataset")
+    parser.add_argument("--split", help="default: the only one, or train")
+    parser.add_argument("--poison", required=True, help=", ".join(POISONS))
+    key = parser.add_mutually_exclusive_group()
+    key.add_argument("--seed", type=int, help="an int seed: reproducible, and guessable by a trainer")
+    key.add_argument("--key-file", type=Path, help="a secret key made by scripts/keygen.py")
+    parser.add_argument("--output", required=True, type=Path, help="folder to make")
+    parser.add_argument("--overwrite", action="store_true", help="replace an existing output")
+    parser.add_argument("--record-seed", action="store_true", help="write the int seed into record.json")
+    parser.add_argument("--rows", type=int, help="only the first rows (for a try)")
+    parser.add_argument("--num-proc", type=int, help="worker processes")
+    parser.add_argument("--batch-size", type=int, default=500, help="pictures held at a time (default: 500)")
+    parser.add_argument("--protect-classes", nargs="+", help="names or numbers of the classes to protect; default: all")
+    known, _ = parser.parse_known_args([a for a in sys.argv[1:] if a not in ("-h", "--help")] if _asks_help() else None)
+    if known.poison not in POISONS:
+        parser.error(f"there is no poison {known.poison!r}{sources.near(known.poison, POISONS)}: {', '.join(POISONS)}")
+    poison_class = POISONS[known.poison]
+    parser.add_argument("-h", "--help", action="help")
+    options.add_fields(parser.add_argument_group(f"settings of {known.poison}"), poison_class, skip=SETTLED)
+    arguments = parser.parse_args()
+    if arguments.seed is None and arguments.key_file is None:
+        parser.error("choose --key-file FILE (a secret; python scripts/keygen.py makes one) or --seed N (guessable)")
+    try:
+        run(arguments, poison_class)
+    except (ValueError, OSError, TypeError) as error:
+        sys.exit(f"protect.py: {error}")
+
+
+def _asks_help() -> bool:
+    return any(a in ("-h", "--help") for a in sys.argv[1:]) and "--poison" in sys.argv
+
+
+def run(arguments: argparse.Namespace, poison_class: type[hu.Poison]) -> None:
+    dataset = sources.load_split(arguments.dataset, arguments.split, config=arguments.config)
+    if arguments.rows is not None:
+        dataset = dataset.select(range(min(arguments.rows, len(dataset))))
+    settings = options.given(arguments, poison_class, skip=SETTLED)
+    seed = arguments.seed if arguments.seed is not None else read_key(arguments.key_file)
+    if arguments.protect_classes:
+        label = columns.label_column(dataset.features, settings.get("label_column"))
+        settings["classes"] = columns.labels_of(dataset.features, label, arguments.protect_classes)
+    poison = poison_class(seed=seed, **settings)
+    record = protect(
+        dataset,
+        poison,
+        arguments.output,
+        source=arguments.dataset,
+        split=arguments.split or str(dataset.split or "train"),
+        num_proc=arguments.num_proc,
+        batch_size=arguments.batch_size,
+        overwrite=arguments.overwrite,
+        record_seed=arguments.record_seed,
+    )
+    pixels = record.pixels
+    print(f"{arguments.output}: {pixels['rows_changed']} of {pixels['rows']} pictures changed by {record.method}")
+    for name in ("linf_levels", "psnr_db", "ssim"):
+        if pixels.get(name):
+            print(f"  {name:12} mean {pixels[name]['mean']:.4g}, least {pixels[name]['least']:.4g}")
+    print(f"  see {arguments.output / 'preview.png'}; what a trainer still learns is not measured yet:")
+    print(f"  accelerate launch scripts/train_victim.py --dataset {arguments.output} ...")
+
+
+if __name__ == "__main__":
+    main()
