@@ -2,6 +2,7 @@
 
 from hf_unlearnable.budget import Budget
 from hf_unlearnable.keys import new_key
+from hf_unlearnable.networks import create_network
 from hf_unlearnable.poisons.base import Poison
 from hf_unlearnable.poisons.cuda import CudaPoison
 from hf_unlearnable.poisons.noise import RandomNoisePoison
@@ -15,5 +16,6 @@ __all__ = [
     "Poison",
     "RandomNoisePoison",
     "Transform",
+    "create_network",
     "new_key",
 ]

@@ -94,13 +94,13 @@ class Transform:
 
     # Final.
 
-    def __call__(self, example: Mapping[str, Any]) -> dict[str, Any]:
+    def __call__(self, example: Any) -> dict[str, Any]:
         """A row or a batch with its pictures changed.
 
         Raises:
             ValueError: an unreadable or missing picture, a bad label, an ambiguous column; names the row.
         """
-        return self._on_example(example, indices=None, chosen=None, with_digest=False)
+        return self._on_example(example)
 
     def apply(
         self,
@@ -162,7 +162,7 @@ class Transform:
         self.check_classes(columns.class_names(features, label) if label else None, f"column {label!r}")
         plain = dataset.cast_column(image, Image(decode=False))
         changed = plain.map(
-            _Indexed(replace(self, image_column=image, label_column=label), image, label, None, with_digest=False),
+            _Indexed(replace(self, image_column=image, label_column=label), image, label, stream=True),
             batched=True,
             batch_size=batch_size,
             with_indices=True,
@@ -181,9 +181,7 @@ class Transform:
         features, form = dataset.features.copy(), dataset.format
         plain = dataset.with_format(None).cast_column(image, Image(decode=False))
         chosen = self.chosen_exactly(plain, image, label)
-        function = _Indexed(
-            replace(self, image_column=image, label_column=label), image, label, chosen, with_digest=True
-        )
+        function = _Indexed(replace(self, image_column=image, label_column=label), image, label, chosen)
         state = json.dumps([plain._fingerprint, self.cache_state()], sort_keys=True)
         fingerprint = hashlib.sha256(state.encode()).hexdigest()[:32]
         stored = plain.map(
@@ -210,11 +208,12 @@ class Transform:
 
     def _on_example(
         self,
-        example: Mapping[str, Any],
+        example: Any,
         *,
-        indices: Sequence[int] | None,
-        chosen: np.ndarray | None,
-        with_digest: bool,
+        indices: Sequence[int] | None = None,
+        chosen: np.ndarray | None = None,
+        with_digest: bool = False,
+        as_pictures: bool = False,
     ) -> dict[str, Any]:
         one_thread_in_workers()
         if not hasattr(example, "keys"):
@@ -243,7 +242,7 @@ class Transform:
         pictures = decode_many(values, where=where)
         mask = self.chosen(pictures, checked) if chosen is None else chosen
         changed = self._on_pictures(pictures, checked, mask, where)
-        if type(example) is dict and values and not isinstance(values[0], dict | bytes):
+        if as_pictures or (type(example) is dict and values and not isinstance(values[0], dict | bytes)):
             stored: list[Any] = [to_pil(picture) for picture in changed]
         elif is_batch:
             stored = encode_many(changed, image_format=self.image_format, compress_level=self.compress_level)
@@ -274,18 +273,21 @@ class Transform:
 
 @dataclass(frozen=True)
 class _Indexed:
-    """What `apply` maps: the transform with its columns settled, rows counted over the split, and a digest to check."""
+    """What `apply` maps: the transform with its columns settled, rows counted over the split, and a digest to check
+    (in a stream: pictures in memory, which `datasets` would not decode)."""
 
     transform: Transform
     image: str
     label: str | None
-    chosen: np.ndarray | None
-    with_digest: bool
+    chosen: np.ndarray | None = None
+    stream: bool = False
 
     def __call__(self, batch: Mapping[str, Any], indices: Sequence[int]) -> dict[str, Any]:
         narrow = {name: batch[name] for name in (self.image, self.label) if name is not None}
         chosen = None if self.chosen is None else self.chosen[np.asarray(indices)]
-        return self.transform._on_example(narrow, indices=indices, chosen=chosen, with_digest=self.with_digest)
+        return self.transform._on_example(
+            narrow, indices=indices, chosen=chosen, with_digest=not self.stream, as_pictures=self.stream
+        )
 
 
 @dataclass(frozen=True)

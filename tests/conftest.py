@@ -9,7 +9,9 @@ import pytest
 import torch
 from jaxtyping import install_import_hook
 
-with install_import_hook("hf_unlearnable", "tests.typecheck.check"):
+from tests import typecheck
+
+with install_import_hook("hf_unlearnable", f"{typecheck.__name__}.check"):
     import hf_unlearnable
 
 import datasets

@@ -1,0 +1,161 @@
+"""What every poison promises, over one table of all of them."""
+
+import dataclasses
+import pickle
+from collections.abc import Callable
+
+import numpy as np
+import pytest
+import torch
+from datasets import Dataset, Image
+
+from hf_unlearnable import CudaPoison, Poison, RandomNoisePoison
+from tests.conftest import make_dataset, noise_pictures, pixels
+
+SECRET = bytes(range(32))
+ROWS = 40
+POISONS: dict[str, Callable[[Dataset, int | bytes], Poison]] = {
+    "cuda": lambda _, seed: CudaPoison(seed=seed),
+    "random-noise": lambda _, seed: RandomNoisePoison(seed=seed),
+}
+
+
+@pytest.fixture(scope="module")
+def source() -> Dataset:
+    return make_dataset(noise_pictures(ROWS), [i % 4 for i in range(ROWS)])
+
+
+@pytest.fixture(params=POISONS)
+def name(request: pytest.FixtureRequest) -> str:
+    return request.param
+
+
+@pytest.fixture(params=[7, SECRET], ids=["int", "secret"])
+def poison(name: str, source: Dataset, request: pytest.FixtureRequest) -> Poison:
+    return POISONS[name](source, request.param)
+
+
+def test_the_name_is_the_tables(poison: Poison, name: str) -> None:
+    assert poison.name == name
+
+
+def test_it_is_a_value(poison: Poison, source: Dataset) -> None:
+    assert dataclasses.is_dataclass(poison)
+    assert pickle.loads(pickle.dumps(poison)) == poison  # noqa: S301
+    assert hash(poison) == hash(dataclasses.replace(poison))
+    with pytest.raises(dataclasses.FrozenInstanceError):
+        poison.poison_rate = 0.5  # type: ignore[misc]
+
+
+def test_every_way_of_mapping_gives_the_same_pixels(poison: Poison, source: Dataset) -> None:
+    expected = pixels(source.map(poison, keep_in_memory=True))
+    assert np.array_equal(pixels(source.map(poison, batched=True, batch_size=7)), expected)
+    assert np.array_equal(pixels(poison.apply(source)), expected)
+    stream = source.to_iterable_dataset().map(poison, batched=True, batch_size=9)
+    assert np.array_equal(np.stack([np.asarray(row["img"]) for row in stream]), expected)
+    order = np.random.default_rng(0).permutation(ROWS)
+    assert np.array_equal(pixels(source.select(order).map(poison, batched=True)), expected[order])
+
+
+def test_processes_give_the_same_pixels(name: str, source: Dataset) -> None:
+    poison = POISONS[name](source, 7)
+    assert np.array_equal(pixels(poison.apply(source, num_proc=2)), pixels(poison.apply(source)))
+
+
+def test_the_budget_is_kept_and_something_changed(poison: Poison, source: Dataset) -> None:
+    before, after = pixels(source), pixels(poison.apply(source))
+    assert (before != after).any((1, 2, 3)).mean() > 0.9
+    if poison.budget is not None:
+        as_torch = [torch.from_numpy(p).permute(0, 3, 1, 2) for p in (before, after)]
+        poison.budget.check(*as_torch)
+
+
+def test_the_generator_keeps_shape_device_type_and_inputs(poison: Poison, source: Dataset) -> None:
+    from hf_unlearnable.poisons.base import Draws
+
+    u = torch.from_numpy(pixels(source)).permute(0, 3, 1, 2).contiguous()
+    x, y = u.float() / 255, torch.tensor(source["label"][:])
+    kept, u_kept = x.clone(), u.clone()
+    out = poison.perturb(x, y, Draws(poison.seed, poison.name, u))
+    assert out.shape == x.shape
+    assert out.dtype == torch.float32
+    assert torch.equal(x, kept)
+    poison.change(u, y, [""] * ROWS)
+    assert torch.equal(u, u_kept)
+
+
+def test_another_key_gives_other_pixels(name: str, source: Dataset) -> None:
+    if name == "ops":
+        pytest.skip("its pixels follow from the data, not from the key")
+    found = [pixels(POISONS[name](source, seed).apply(source)) for seed in (7, 8, SECRET)]
+    assert not np.array_equal(found[0], found[1])
+    assert not np.array_equal(found[0], found[2])
+
+
+@pytest.mark.parametrize("rate", [0.0, 0.25, 0.5, 1.0])
+def test_poison_rate_is_exact(name: str, source: Dataset, rate: float) -> None:
+    poison = dataclasses.replace(POISONS[name](source, 7), poison_rate=rate)
+    changed = (pixels(poison.apply(source)) != pixels(source)).any((1, 2, 3))
+    whole = (pixels(dataclasses.replace(poison, poison_rate=1.0).apply(source)) != pixels(source)).any((1, 2, 3))
+    assert changed.sum() <= round(rate * ROWS)
+    assert changed.sum() >= round(rate * ROWS) - (~whole).sum()
+
+
+def test_rows_are_nested_and_untouched_ones_share_the_container(name: str, source: Dataset) -> None:
+    whole = POISONS[name](source, 7)
+    full, before = pixels(whole.apply(source)), pixels(source)
+    last = np.zeros(ROWS, dtype=bool)
+    for rate in (0.2, 0.4, 0.8):
+        applied = dataclasses.replace(whole, poison_rate=rate).apply(source)
+        now = pixels(applied)
+        changed = (now != before).any((1, 2, 3))
+        assert np.array_equal(now[changed], full[changed])
+        assert (changed >= last).all()
+        last = changed
+        heads = {row["bytes"][:8] for row in applied.cast_column("img", Image(decode=False))["img"]}
+        assert heads == {b"\x89PNG\r\n\x1a\n"}
+
+
+def test_rows_are_the_same_for_every_method(name: str, source: Dataset) -> None:
+    poison = dataclasses.replace(POISONS[name](source, 7), poison_rate=0.5)
+    reference = dataclasses.replace(RandomNoisePoison(seed=7), poison_rate=0.5)
+    a, b = ((pixels(p.apply(source)) != pixels(source)).any((1, 2, 3)) for p in (poison, reference))
+    assert (a <= b).all()
+
+
+def test_mapped_rates_are_keyed_draws_of_each_row(name: str, source: Dataset) -> None:
+    poison = dataclasses.replace(POISONS[name](source, 7), poison_rate=0.5)
+    expected = pixels(source.map(poison, keep_in_memory=True))
+    assert np.array_equal(pixels(source.map(poison, batched=True, batch_size=9)), expected)
+    share = (expected != pixels(source)).any((1, 2, 3)).mean()
+    assert 0.2 < share < 0.8
+
+
+def test_chosen_classes(name: str, source: Dataset) -> None:
+    poison = dataclasses.replace(POISONS[name](source, 7), classes=(1, 3))
+    labels = np.asarray(source["label"][:])
+    for mapped in (poison.apply(source), source.map(poison, batched=True)):
+        changed = (pixels(mapped) != pixels(source)).any((1, 2, 3))
+        assert not changed[(labels == 0) | (labels == 2)].any()
+        assert changed[(labels == 1) | (labels == 3)].mean() > 0.9
+    half = dataclasses.replace(poison, poison_rate=0.5).apply(source)
+    changed = (pixels(half) != pixels(source)).any((1, 2, 3))
+    assert not changed[(labels == 0) | (labels == 2)].any()
+    assert 8 <= changed.sum() <= 10
+
+
+def test_pictures_of_other_shapes(name: str, source: Dataset) -> None:
+    if name == "ops":
+        pytest.skip("fitted to one size")
+    for height, width in ((16, 40), (33, 31), (100, 130)):
+        odd = make_dataset(noise_pictures(3, height, width), [0, 1, 2])
+        assert pixels(POISONS[name](source, 7).apply(odd)).shape == (3, height, width, 3)
+
+
+def test_settings_are_json_and_hold_no_key(poison: Poison) -> None:
+    import json
+
+    text = json.dumps(poison.settings())
+    assert "seed" not in poison.settings()
+    assert SECRET.hex() not in text
+    assert "key" not in poison.settings()
