@@ -9,8 +9,6 @@ from matplotlib.figure import Figure
 
 from hf_unlearnable.images import Picture
 
-MAGNIFY = 8
-
 
 @dataclass(frozen=True)
 class Pair:
@@ -23,24 +21,32 @@ class Pair:
 
 
 def draw(pairs: Sequence[Pair], path: str | Path, *, title: str) -> None:
-    """A PNG with one column a row: clean, poisoned, and difference times 8 around mid-grey.
+    """A PNG with one column a row: clean, poisoned, and their difference, magnified around mid-grey.
 
     Raises:
         ValueError: no rows.
     """
     if not pairs:
         raise ValueError("a preview needs at least one row")
+    magnify = _magnification(pairs)
     figure = Figure(figsize=(1.35 * len(pairs) + 1.1, 4.9), dpi=110, layout="constrained")
     axes = figure.subplots(3, len(pairs), squeeze=False)
     for column, pair in enumerate(pairs):
         before, after = pair.clean.pixels.int(), pair.poisoned.pixels.int()
-        difference = (128 + MAGNIFY * (after - before)).clamp(0, 255)
+        difference = (128 + magnify * (after - before)).clamp(0, 255)
         for axis, pixels in zip(axes[:, column], (before, after, difference), strict=True):
             axis.imshow(pixels.permute(1, 2, 0).to(torch.uint8).numpy(), interpolation="nearest")
             axis.set_xticks([])
             axis.set_yticks([])
         axes[0, column].set_title(f"{pair.class_name}\nrow {pair.row}", fontsize=8)
-    for axis, name in zip(axes[:, 0], ("clean", "poisoned", f"difference\nx {MAGNIFY}"), strict=True):
+    for axis, name in zip(axes[:, 0], ("clean", "poisoned", f"difference\nx {magnify}"), strict=True):
         axis.set_ylabel(name, fontsize=9)
     figure.suptitle(title, fontsize=10)
     figure.savefig(str(path))
+
+
+def _magnification(pairs: Sequence[Pair]) -> int:
+    """The largest power of two, at most 16, that leaves 95 % of the differences inside the range of a picture."""
+    sizes = torch.cat([(p.poisoned.pixels.float() - p.clean.pixels.float()).abs().flatten()[:1_000_000] for p in pairs])
+    typical = float(sizes.sort().values[int(0.95 * (len(sizes) - 1))])
+    return next((power for power in (16, 8, 4, 2) if power * typical <= 128), 1)

@@ -216,7 +216,7 @@ class Transform:
         as_pictures: bool = False,
     ) -> dict[str, Any]:
         one_thread_in_workers()
-        if not hasattr(example, "keys"):
+        if not isinstance(example, Mapping):
             raise TypeError(
                 f"expected a row or batch of columns, got {type(example).__name__}: ds.with_format(None) first"
             )

@@ -8,6 +8,7 @@
 
 import argparse
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 
 import hf_unlearnable as hu
@@ -22,17 +23,20 @@ POISONS: dict[str, type[hu.Poison]] = {
 SETTLED = ("seed", "classes", "num_classes")
 
 
-def main() -> None:
+def main(argv: Sequence[str] | None = None) -> None:
+    first = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    first.add_argument("--poison")
+    name = first.parse_known_args(argv)[0].poison
     parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False, add_help=False
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
     )
     parser.add_argument("--dataset", required=True, help="Hub id, folder of pictures, parquet, save_to_disk, or demo")
     parser.add_argument("--config", help="configuration of a Hub dataset")
     parser.add_argument("--split", help="default: the only one, or train")
     parser.add_argument("--poison", required=True, help=", ".join(POISONS))
-    key = parser.add_mutually_exclusive_group()
+    key = parser.add_mutually_exclusive_group(required=True)
+    key.add_argument("--key-file", type=Path, help="a secret key; python scripts/keygen.py makes one")
     key.add_argument("--seed", type=int, help="an int seed: reproducible, and guessable by a trainer")
-    key.add_argument("--key-file", type=Path, help="a secret key made by scripts/keygen.py")
     parser.add_argument("--output", required=True, type=Path, help="folder to make")
     parser.add_argument("--overwrite", action="store_true", help="replace an existing output")
     parser.add_argument("--record-seed", action="store_true", help="write the int seed into record.json")
@@ -40,23 +44,15 @@ def main() -> None:
     parser.add_argument("--num-proc", type=int, help="worker processes")
     parser.add_argument("--batch-size", type=int, default=500, help="pictures held at a time (default: 500)")
     parser.add_argument("--protect-classes", nargs="+", help="names or numbers of the classes to protect; default: all")
-    known, _ = parser.parse_known_args([a for a in sys.argv[1:] if a not in ("-h", "--help")] if _asks_help() else None)
-    if known.poison not in POISONS:
-        parser.error(f"there is no poison {known.poison!r}{sources.near(known.poison, POISONS)}: {', '.join(POISONS)}")
-    poison_class = POISONS[known.poison]
-    parser.add_argument("-h", "--help", action="help")
-    options.add_fields(parser.add_argument_group(f"settings of {known.poison}"), poison_class, skip=SETTLED)
-    arguments = parser.parse_args()
-    if arguments.seed is None and arguments.key_file is None:
-        parser.error("choose --key-file FILE (a secret; python scripts/keygen.py makes one) or --seed N (guessable)")
+    if name in POISONS:
+        options.add_fields(parser.add_argument_group(f"settings of {name}"), POISONS[name], skip=SETTLED)
+    elif name is not None:
+        parser.error(f"there is no poison {name!r}{sources.near(name, POISONS)}: {', '.join(POISONS)}")
+    arguments = parser.parse_args(argv)
     try:
-        run(arguments, poison_class)
+        run(arguments, POISONS[name])
     except (ValueError, OSError, TypeError) as error:
         sys.exit(f"protect.py: {error}")
-
-
-def _asks_help() -> bool:
-    return any(a in ("-h", "--help") for a in sys.argv[1:]) and "--poison" in sys.argv
 
 
 def run(arguments: argparse.Namespace, poison_class: type[hu.Poison]) -> None:

@@ -1,8 +1,10 @@
 """Shared fixtures: real pictures where they are, small pictures that the tests make, and guards over every test."""
 
+import importlib.util
 import os
 from collections.abc import Iterator
 from pathlib import Path
+from types import ModuleType
 
 import numpy as np
 import pytest
@@ -74,4 +76,14 @@ def pixels(dataset: Dataset, column: str = "img") -> np.ndarray:
     return np.stack([np.asarray(row[column]) for row in dataset])
 
 
-__all__ = ["hf_unlearnable", "make_dataset", "noise_pictures", "pixels"]
+def load_script(name: str) -> ModuleType:
+    """A script as a module, so that its `main(argv)` runs in this process."""
+    spec = importlib.util.spec_from_file_location(f"script_{name}", ROOT / "scripts" / f"{name}.py")
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+__all__ = ["hf_unlearnable", "load_script", "make_dataset", "noise_pictures", "pixels"]
