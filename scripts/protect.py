@@ -9,6 +9,7 @@
 import argparse
 import sys
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 
 import hf_unlearnable as hu
@@ -17,10 +18,13 @@ from hf_unlearnable.keys import read_key
 from hf_unlearnable.protect import protect
 
 POISONS: dict[str, type[hu.Poison]] = {
+    "ar": hu.ArPoison,
     "cuda": hu.CudaPoison,
+    "lsp": hu.LspPoison,
+    "ops": hu.OpsPoison,
     "random-noise": hu.RandomNoisePoison,
 }
-SETTLED = ("seed", "classes", "num_classes")
+SETTLED = ("seed", "classes", "num_classes", "pixels", "size")
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -50,7 +54,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         parser.error(f"there is no poison {name!r}{sources.near(name, POISONS)}: {', '.join(POISONS)}")
     arguments = parser.parse_args(argv)
     try:
-        run(arguments, POISONS[name])
+        run(arguments, POISONS[arguments.poison])
     except (ValueError, OSError, TypeError) as error:
         sys.exit(f"protect.py: {error}")
 
@@ -64,7 +68,8 @@ def run(arguments: argparse.Namespace, poison_class: type[hu.Poison]) -> None:
     if arguments.protect_classes:
         label = columns.label_column(dataset.features, settings.get("label_column"))
         settings["classes"] = columns.labels_of(dataset.features, label, arguments.protect_classes)
-    poison = poison_class(seed=seed, **settings)
+    make = poison_class if poison_class is not hu.OpsPoison else partial(hu.OpsPoison.fit, dataset)
+    poison = make(seed=seed, **settings)
     record = protect(
         dataset,
         poison,

@@ -91,5 +91,5 @@ def test_bad_epsilons(norm: str, epsilon: float) -> None:
 def test_unknown_norm() -> None:
     budget = Budget("l2", 1)
     object.__setattr__(budget, "norm", "max")
-    with pytest.raises(ValueError, match="\"linf\", \"l2\", \"l0\", got 'max'"):
+    with pytest.raises(ValueError, match='"linf", "l2", "l0", got \'max\''):
         budget.__post_init__()

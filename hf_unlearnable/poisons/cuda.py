@@ -16,6 +16,8 @@ from hf_unlearnable.poisons.base import Draws, Poison
 
 _SMALL = 96
 _BLOCK = 8
+_CACHED = 32768
+"""Values that stay in a core's cache, and fewer than torch spreads over threads."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -121,7 +123,10 @@ def _correlate(levels: Images, kernel: Float[Tensor, "k k"]) -> Images:
     """Zero-padded cross-correlation of whole numbers with a filter of whole numbers, exact in float32."""
     if levels.device.type != "cpu":
         return _correlate_by_shifts(levels, kernel)
-    return _correlate_by_blocks(levels, kernel)
+    if len(kernel) > 3:
+        return _correlate_by_blocks(levels, kernel)
+    few = max(1, _CACHED // levels[0].numel())
+    return torch.cat([_correlate_by_shifts(part, kernel) for part in levels.split(few)])
 
 
 def _correlate_by_shifts(levels: Images, kernel: Float[Tensor, "k k"]) -> Images:

@@ -9,13 +9,16 @@ import pytest
 import torch
 from datasets import Dataset, Image
 
-from hf_unlearnable import CudaPoison, Poison, RandomNoisePoison
+from hf_unlearnable import ArPoison, CudaPoison, LspPoison, OpsPoison, Poison, RandomNoisePoison
 from tests.conftest import make_dataset, noise_pictures, pixels
 
 SECRET = bytes(range(32))
 ROWS = 40
 POISONS: dict[str, Callable[[Dataset, int | bytes], Poison]] = {
+    "ar": lambda _, seed: ArPoison(seed=seed, num_classes=4),
     "cuda": lambda _, seed: CudaPoison(seed=seed),
+    "lsp": lambda _, seed: LspPoison(seed=seed),
+    "ops": lambda source, seed: OpsPoison.fit(source, seed=seed, progress=False),
     "random-noise": lambda _, seed: RandomNoisePoison(seed=seed),
 }
 

@@ -1,0 +1,56 @@
+"""Pictures from results."""
+
+import os
+from pathlib import Path
+
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator
+
+from hf_unlearnable.victim import Result
+
+COLOURS = {"train": "#0072B2", "validation": "#E69F00", "test": "#D55E00"}
+
+
+def curves(result: Result, path: str | Path) -> None:
+    """Draw the loss and the accuracies over the epochs, with the chance level, as a PNG."""
+    figure = Figure(figsize=(10, 4), layout="constrained")
+    FigureCanvasAgg(figure)
+    figure.suptitle(
+        f"{result.backbone}, defense {result.defense['name']}, recipe {result.recipe.name}, seed {result.seed}: "
+        f"test accuracy {result.test_accuracy:.4f} after the last step",
+        fontsize="medium",
+    )
+    loss, accuracy = figure.subplots(1, 2)
+    loss.plot(
+        [point.epoch for point in result.curve],
+        [point.train_loss for point in result.curve],
+        color=COLOURS["train"],
+        marker=_marker(len(result.curve)),
+        markersize=4,
+        label="training loss",
+    )
+    loss.set(xlabel="epoch", ylabel="loss", ylim=(0, 1.05 * max(point.train_loss for point in result.curve) or 1))
+    for name, colour in COLOURS.items():
+        known = [(p.epoch, value) for p in result.curve if (value := getattr(p, f"{name}_accuracy")) is not None]
+        if known:
+            rows = getattr(result, f"{name}_rows")
+            label = f"{name} ({rows:,} rows{', augmented' if name == 'train' else ''})"
+            accuracy.plot(
+                *zip(*known, strict=True), color=colour, marker=_marker(len(known)), markersize=4, label=label
+            )
+    accuracy.axhline(result.chance, color="0.4", linestyle="--", linewidth=1, label=f"chance ({result.chance:.2f})")
+    if result.best_epoch is not None:
+        accuracy.axvline(result.best_epoch, color="0.7", linestyle=":", linewidth=1, label="best by validation")
+    accuracy.set(xlabel="epoch", ylabel="accuracy", ylim=(0, 1.02))
+    for axes in (loss, accuracy):
+        axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+        axes.grid(alpha=0.3)
+        axes.legend(fontsize="small")
+    partial = Path(path).with_name(f".{Path(path).name}.partial")
+    figure.savefig(partial, dpi=120, format="png")
+    os.replace(partial, path)
+
+
+def _marker(points: int) -> str:
+    return "o" if points <= 30 else ""

@@ -1,0 +1,506 @@
+"""Train and evaluate one victim.
+
+The loop stands in `train`: batches from a split on the device, crop and flip, the defense's loss, SGD. Every random
+number is drawn from the seed and the step, and the learning rate is a function of the step, so that a resumed training
+ends with the weights of an uninterrupted one (bit for bit on a CPU).
+
+With several processes gradients are averaged here, weighted by rows, instead of by DistributedDataParallel: defenses
+may call the model as often as they like, and the weights are equal on all processes after every step. Two processes
+give the loss curve of one but for float rounding, for networks without BatchNorm: its batch statistics are those of a
+process's own rows (the running ones are averaged over the processes).
+"""
+
+import contextlib
+import dataclasses
+import hashlib
+import json
+import math
+import os
+import platform
+import signal
+import threading
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+from accelerate.utils import DistributedType
+from jaxtyping import Float, Int
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor, nn
+from tqdm.auto import tqdm
+
+from hf_unlearnable.augment import Augmentation, CropFlip, take
+from hf_unlearnable.batches import Batch, Batches
+from hf_unlearnable.defenses.base import Defense, describe
+from hf_unlearnable.images import Images, Labels, Pixels, to_float
+from hf_unlearnable.keys import torch_generator
+from hf_unlearnable.networks import Network, frozen
+from hf_unlearnable.recipes import Epoch, Recipe, Result
+
+
+class Unfinished(RuntimeError):
+    """The time was up before the training was: call `train` again with the same arguments to go on."""
+
+
+def evaluate(model: nn.Module, batches: Batches, *, accelerator: Accelerator) -> Int[Tensor, "k k"]:
+    """The confusion matrix over all processes: entry (i, j) counts the rows of class i that were taken for class j.
+
+    The model is in evaluation mode meanwhile, and gets back its modes.
+    """
+    classes = len(batches.classes)
+    counts = torch.zeros(classes * classes, dtype=torch.int64, device=batches.device)
+    most = 250 if batches.device.type == "cpu" else 1000  # larger ones leave a CPU's cache
+    size = max(1, min(most, 2**22 // math.prod(batches.image_size)))
+    rank, world = accelerator.process_index, accelerator.num_processes
+    with frozen(model), torch.no_grad(), accelerator.autocast():
+        for pixels, labels in batches.chunks(size, rank=rank, world=world):
+            counts += torch.bincount(labels * classes + model(_input(pixels)).argmax(1), minlength=len(counts))
+    total = accelerator.reduce(counts, "sum")
+    assert isinstance(total, Tensor)
+    return total.view(classes, classes)
+
+
+def train(
+    model: nn.Module,
+    train: Batches,
+    test: Batches,
+    *,
+    recipe: Recipe,
+    defense: Defense,
+    accelerator: Accelerator,
+    seed: int,
+    validation_fraction: float = 0.1,
+    evaluate_every: int = 1,
+    checkpoint: str | Path | None = None,
+    checkpoint_seconds: float = 60.0,
+    max_minutes: float | None = None,
+    progress: bool = True,
+) -> Result:
+    """Train `model` in place, on all processes of the accelerator.
+
+    Args:
+        train: training rows; a validation part is taken from them, class by class, by seed.
+        test: rows never trained on; their classes are matched with the training classes by name.
+        seed: of the validation part, the order, the augmentation and the defense; not of the initial weights.
+        validation_fraction: share of the training rows in [0, 1); 0 trains on all of them and gives no "best".
+        evaluate_every: epochs between evaluations; the end of the training is always evaluated.
+        checkpoint: a safetensors file, written in one piece now and then; where it exists, training goes on from it.
+        checkpoint_seconds: time between checkpoints; 0 writes one after every step.
+        max_minutes: stop after this time in this call; needs a checkpoint.
+        progress: a progress bar, on the main process.
+
+    Raises:
+        Unfinished: `max_minutes` are over; the checkpoint holds the state.
+        KeyboardInterrupt: Ctrl-C or SIGTERM, after the step under way; the checkpoint holds the state.
+        FloatingPointError: the loss is no longer finite (names the step); the checkpoint is the last one before.
+        ValueError: data, network and recipe do not fit together, or the checkpoint is of another training.
+    """
+    began, saved = time.monotonic(), time.monotonic()
+    rank, world, device = accelerator.process_index, accelerator.num_processes, accelerator.device
+    train, test = train.to(device), test.relabel(train.classes).to(device)
+    training, validation = train.split(validation_fraction, key=seed)
+    per_epoch = training.steps(recipe.batch_size, drop_last=recipe.drop_last)
+    total = recipe.total_steps(per_epoch)
+    model.to(device=device, memory_format=_memory_format(device))  # type: ignore[call-overload]
+    if max_minutes is not None and checkpoint is None:
+        raise ValueError("max_minutes needs a checkpoint to go on from")
+    if evaluate_every < 1:
+        raise ValueError(f"evaluate_every: expected at least 1 epoch, got {evaluate_every}")
+    _check(model, train, test, recipe, per_epoch, accelerator)
+    weights = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    optimizer = torch.optim.SGD(
+        weights, recipe.rate(0, total), recipe.momentum, weight_decay=recipe.weight_decay, nesterov=recipe.nesterov
+    )
+    augmentation = _augmentation(recipe, train.image_size)
+    run = {
+        "recipe": dataclasses.asdict(recipe),
+        "defense": describe(defense),
+        "seed": seed,
+        "validation_fraction": validation_fraction,
+        "evaluate_every": evaluate_every,
+        "precision": accelerator.mixed_precision,
+        "initial_weights": _digest(model),
+        "train_digest": train.digest(),
+        "test_digest": test.digest(),
+    }
+    run = json.loads(json.dumps(run, default=str))
+    state = _load(Path(checkpoint), run, model, optimizer) if checkpoint and Path(checkpoint).exists() else _State()
+    before, look_every = state.seconds, 1 if device.type == "cpu" else 20  # to read from a GPU is to wait for it
+    sums = torch.tensor(state.sums, dtype=torch.float64, device=device)
+    main = accelerator.is_main_process
+
+    with (
+        _own_randomness(device),
+        _restored_modes(model),
+        _last_logits(model) as logits,
+        _Interrupts() as interrupts,
+        tqdm(
+            desc="training",
+            total=total,
+            initial=state.step,
+            unit="step",
+            mininterval=0.5,
+            disable=not (progress and main),
+        ) as bar,
+    ):
+        model.train()
+        order = _stream(training, recipe, seed, rank, world, state.step)
+        for step, batch in zip(range(state.step, total), order, strict=False):
+            for group in optimizer.param_groups:
+                group["lr"] = recipe.rate(step, total)
+            optimizer.zero_grad()
+            here = torch.zeros(len(sums) - 1, device=device)
+            if rows := len(batch.labels):
+                x = _input(_augmented(batch, augmentation, seed, step))
+                generator = torch_generator(seed, "defense", step, rank, device=device)
+                _seed_layers(seed, step, rank, device)
+                with accelerator.autocast():
+                    loss = defense(model, x, batch.labels, progress=step / total, generator=generator)
+                (loss * (rows * world / batch.size)).backward()
+                here[0], here[1] = loss.detach() * rows, rows
+                here[2:4] = _hits(logits.pop("last", None), batch.labels)
+            overdue = main and max_minutes is not None and time.monotonic() - began >= 60 * max_minutes
+            if overdue or interrupts.asked:
+                here[4], here[5] = overdue, interrupts.asked
+            sums[:-1] += _over_processes(here, weights, model, accelerator)
+            sums[-1] += ~sums[0].isfinite()
+            if recipe.gradient_clip is not None:
+                nn.utils.clip_grad_norm_(weights, recipe.gradient_clip)
+            optimizer.step()
+            bar.update()
+
+            state.step = step + 1
+            finished, passed = state.step == total, state.step % per_epoch == 0
+            if not (finished or passed or state.step % look_every == 0):
+                continue
+            late, interrupted = state.look(sums.tolist(), total)
+            bar.set_postfix(state.shown(), refresh=False)
+            if finished or passed:
+                epoch = -(-state.step // per_epoch)
+                if measured := finished or epoch % evaluate_every == 0:
+                    state.confusion = evaluate(model, test, accelerator=accelerator).tolist()
+                    state.held_out = evaluate(model, validation, accelerator=accelerator).tolist()
+                state.end_epoch(epoch, measured)
+                sums.zero_()
+            state.seconds = before + time.monotonic() - began
+            stopped = interrupted or (late and not finished)
+            if checkpoint and main and (finished or stopped or time.monotonic() - saved >= checkpoint_seconds):
+                state.sums = [*sums.tolist()[:4], 0.0, 0.0, 0.0]
+                _save(Path(checkpoint), run, model, optimizer, state)
+                saved = time.monotonic()
+            if checkpoint and (finished or stopped):
+                accelerator.wait_for_everyone()
+            if interrupted:
+                raise KeyboardInterrupt(f"stopped after step {state.step} of {total}")
+            if stopped:
+                raise Unfinished(f"stopped after step {state.step} of {total}; go on from {checkpoint}")
+
+    return Result(
+        test_accuracy=_accuracy(state.confusion) or 0.0,
+        validation_accuracy=_accuracy(state.held_out),
+        **_best(state.curve),
+        class_accuracy=tuple(row[i] / sum(row) if sum(row) else None for i, row in enumerate(state.confusion)),
+        confusion=tuple(tuple(row) for row in state.confusion),
+        curve=tuple(state.curve),
+        classes=train.classes,
+        train_rows=len(training),
+        validation_rows=len(validation),
+        test_rows=len(test),
+        image_size=train.image_size,
+        train_digest=run["train_digest"],
+        test_digest=run["test_digest"],
+        backbone=model.architecture if isinstance(model, Network) else type(model).__name__,
+        defense=run["defense"],
+        recipe=recipe,
+        seed=seed,
+        hardware=_hardware(accelerator),
+        versions=_versions(),
+        seconds=state.seconds,
+    )
+
+
+@dataclass
+class _State:
+    """What a training knows besides its weights. `sums` are of the pass under way: loss, rows, right ones, rows that
+    could be judged, asked to stop by the clock, by a signal, steps since the loss ceased to be finite."""
+
+    step: int = 0
+    seconds: float = 0.0
+    sums: list[float] = field(default_factory=lambda: [0.0] * 7)
+    curve: list[Epoch] = field(default_factory=list)
+    confusion: list[list[int]] = field(default_factory=list)
+    held_out: list[list[int]] = field(default_factory=list)
+
+    def look(self, sums: list[float], total: int) -> tuple[bool, bool]:
+        self.sums = sums
+        if sums[6]:
+            raise FloatingPointError(
+                f"expected a finite loss, got one that is not at step {self.step - int(sums[6]) + 1} of {total}: "
+                "lower the learning rate, or clip the gradient (gradient_clip=5.0)"
+            )
+        return sums[4] > 0, sums[5] > 0
+
+    def end_epoch(self, epoch: int, measured: bool) -> None:
+        loss, rows, right, judged = self.sums[:4]
+        point = Epoch(
+            epoch=epoch,
+            steps=self.step,
+            train_loss=loss / rows,
+            train_accuracy=right / judged if judged == rows else None,
+            validation_accuracy=_accuracy(self.held_out) if measured else None,
+            test_accuracy=_accuracy(self.confusion) if measured else None,
+        )
+        self.curve.append(point)
+
+    def shown(self) -> dict[str, str]:
+        loss, rows, right, judged = self.sums[:4]
+        values = {"loss": loss / rows, "train": right / judged if judged == rows else None}
+        if self.curve:
+            values |= {"validation": self.curve[-1].validation_accuracy, "test": self.curve[-1].test_accuracy}
+        return {name: f"{value:.3f}" for name, value in values.items() if value is not None}
+
+
+def _accuracy(confusion: Sequence[Sequence[int]]) -> float | None:
+    rows = sum(map(sum, confusion))
+    return sum(row[i] for i, row in enumerate(confusion)) / rows if rows else None
+
+
+def _best(curve: list[Epoch]) -> dict[str, Any]:
+    judged = [point for point in curve if point.validation_accuracy is not None]
+    best = max(judged, key=lambda point: point.validation_accuracy or 0.0, default=None)
+    return {
+        "best_epoch": best and best.epoch,
+        "best_validation_accuracy": best and best.validation_accuracy,
+        "best_test_accuracy": best and best.test_accuracy,
+    }
+
+
+def _stream(training: Batches, recipe: Recipe, seed: int, rank: int, world: int, step: int) -> Iterator[Batch]:
+    epoch, done = divmod(step, training.steps(recipe.batch_size, drop_last=recipe.drop_last))
+    while True:
+        yield from training.epoch(
+            epoch,
+            key=seed,
+            batch_size=recipe.batch_size,
+            drop_last=recipe.drop_last,
+            rank=rank,
+            world=world,
+            start_step=done,
+        )
+        epoch, done = epoch + 1, 0
+
+
+def _augmentation(recipe: Recipe, image_size: tuple[int, int]) -> Augmentation | None:
+    padding = round(recipe.crop_padding * min(image_size)) if "crop" in recipe.augmentation else 0
+    flip = 0.5 if "flip" in recipe.augmentation else 0.0
+    return CropFlip(padding=padding, flip=flip) if padding or flip else None
+
+
+def _augmented(batch: Batch, augmentation: Augmentation | None, seed: int, step: int) -> Pixels:
+    if augmentation is None:
+        return batch.pixels
+    draws = augmentation.draw(batch.size, generator=torch_generator(seed, "augment", step))
+    return augmentation.apply(batch.pixels, take(draws, batch.part))
+
+
+def _memory_format(device: torch.device) -> torch.memory_format:
+    return torch.contiguous_format if device.type == "mps" else torch.channels_last
+
+
+def _input(pixels: Pixels) -> Images:
+    return to_float(pixels).contiguous(memory_format=_memory_format(pixels.device))
+
+
+def _hits(logits: Tensor | None, labels: Labels) -> Float[Tensor, "2"]:
+    if logits is None or logits.dim() != 2 or len(logits) != len(labels):
+        return torch.zeros(2, device=labels.device)
+    right = (logits.argmax(1) == labels).sum()
+    return torch.stack([right, torch.full_like(right, len(labels))]).float()
+
+
+def _over_processes(
+    sums: Float[Tensor, " s"], weights: list[nn.Parameter], model: nn.Module, accelerator: Accelerator
+) -> Float[Tensor, " s"]:
+    """The sums over all processes; gradients and running statistics become their means. One exchange for all."""
+    if accelerator.num_processes == 1:
+        return sums
+    for weight in weights:
+        if weight.grad is None:
+            weight.grad = torch.zeros_like(weight)
+    parts = [weight.grad for weight in weights if weight.grad is not None]
+    for module in model.modules():
+        if isinstance(module, nn.modules.batchnorm._NormBase) and module.running_mean is not None:
+            parts += [part for part in (module.running_mean, module.running_var) if part is not None]
+    flat = accelerator.reduce(torch.cat([part.detach().float().flatten() for part in parts] + [sums]), "mean")
+    assert isinstance(flat, Tensor)
+    *means, mean_sums = flat.split([part.numel() for part in parts] + [len(sums)])
+    for part, mean in zip(parts, means, strict=True):
+        part.detach().copy_(mean.view(part.shape))
+    return mean_sums * accelerator.num_processes
+
+
+def _seed_layers(seed: int, step: int, rank: int, device: torch.device) -> None:
+    """Dropout and the like draw from torch's global generators, which are the training's own here."""
+    number = torch_generator(seed, "layers", step, rank).initial_seed()
+    torch.default_generator.manual_seed(number)
+    if device.type == "cuda":
+        torch.cuda.manual_seed(number)
+
+
+def _own_randomness(device: torch.device) -> contextlib.AbstractContextManager[None]:
+    return torch.random.fork_rng(devices=[device] if device.type == "cuda" else [])
+
+
+@contextlib.contextmanager
+def _restored_modes(model: nn.Module) -> Iterator[None]:
+    modes = [(module, module.training) for module in model.modules()]
+    try:
+        yield
+    finally:
+        for module, mode in modes:
+            module.training = mode
+
+
+@contextlib.contextmanager
+def _last_logits(model: nn.Module) -> Iterator[dict[str, Tensor]]:
+    seen: dict[str, Tensor] = {}
+
+    def keep(module: nn.Module, inputs: Any, output: Any) -> None:
+        if isinstance(output, Tensor):
+            seen["last"] = output.detach()
+
+    handle = model.register_forward_hook(keep)
+    try:
+        yield seen
+    finally:
+        handle.remove()
+
+
+class _Interrupts:
+    """Ctrl-C and SIGTERM become a wish to stop after the step under way; a second Ctrl-C stops at once."""
+
+    def __init__(self) -> None:
+        self.asked, self._when, self._before = False, 0.0, {}
+
+    def _note(self, number: int, frame: Any) -> None:
+        if self.asked and number == signal.SIGINT and time.monotonic() - self._when > 1:
+            raise KeyboardInterrupt
+        if not self.asked:
+            self.asked, self._when = True, time.monotonic()
+
+    def __enter__(self) -> "_Interrupts":
+        if threading.current_thread() is threading.main_thread():
+            self._before = {n: signal.signal(n, self._note) for n in (signal.SIGINT, signal.SIGTERM)}
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        for number, handler in self._before.items():
+            signal.signal(number, handler)
+
+
+def _check(
+    model: nn.Module, train: Batches, test: Batches, recipe: Recipe, per_epoch: int, accelerator: Accelerator
+) -> None:
+    known = (DistributedType.NO, DistributedType.MULTI_CPU, DistributedType.MULTI_GPU)
+    if accelerator.distributed_type not in known or accelerator.mixed_precision not in ("no", "bf16"):
+        raise ValueError(
+            "expected plain data-parallel processes in float32 or bf16, got "
+            f"{accelerator.distributed_type} with mixed_precision={accelerator.mixed_precision!r}"
+        )
+    started = int(os.environ.get("WORLD_SIZE", "1"))
+    if started != accelerator.num_processes:
+        raise ValueError(
+            f"{started} processes were started, but the accelerator knows of {accelerator.num_processes}: "
+            "on CPUs use Accelerator(cpu=True), or set ACCELERATE_USE_CPU=true"
+        )
+    if train.image_size != test.image_size:
+        raise ValueError(f"expected test pictures of {train.image_size} pixels as in training, got {test.image_size}")
+    if not len(test):
+        raise ValueError("expected at least one test row, got none")
+    if not per_epoch:
+        raise ValueError(f"no whole batch of {recipe.batch_size} among the training rows, and the recipe drops others")
+    with frozen(model), torch.no_grad(), accelerator.autocast():
+        shape = tuple(model(_input(train.pixels[:2])).shape)
+    expected = (min(2, len(train)), len(train.classes))
+    if shape != expected:
+        raise ValueError(f"expected logits of shape {expected} (rows, classes) from the network, got {shape}")
+
+
+def _digest(model: nn.Module) -> str:
+    state = hashlib.sha256()
+    for name, tensor in sorted(model.state_dict().items()):
+        state.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
+        state.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy())
+    return state.hexdigest()
+
+
+def _save(path: Path, run: dict[str, Any], model: nn.Module, optimizer: torch.optim.SGD, state: _State) -> None:
+    tensors = {f"model.{name}": tensor for name, tensor in model.state_dict().items()}
+    for name, weight in model.named_parameters():
+        if (momentum := optimizer.state.get(weight, {}).get("momentum_buffer")) is not None:
+            tensors[f"momentum.{name}"] = momentum
+    tensors = {name: tensor.detach().cpu().contiguous().clone() for name, tensor in tensors.items()}
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial = path.with_name(f".{path.name}.{os.getpid()}")
+    try:
+        text = json.dumps({"run": run, "state": dataclasses.asdict(state)})
+        save_file(tensors, partial, metadata={"hf_unlearnable": text})
+        os.replace(partial, path)
+    finally:
+        partial.unlink(missing_ok=True)
+
+
+def _load(path: Path, run: dict[str, Any], model: nn.Module, optimizer: torch.optim.SGD) -> _State:
+    try:
+        with safe_open(path, "pt") as file:
+            kept = json.loads(file.metadata()["hf_unlearnable"])
+            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+    except (SafetensorError, KeyError, TypeError, ValueError) as error:
+        raise ValueError(
+            f"{path}: expected a checkpoint of a victim, got {error!r}; delete it to start anew"
+        ) from error
+    if kept["run"] != run:
+        there, here = _flat(kept["run"]), _flat(run)
+        keys = [key for key in {**there, **here} if there.get(key) != here.get(key)]
+        told = "; ".join(f"{key} is {there.get(key)!r} there and {here.get(key)!r} here" for key in keys)
+        raise ValueError(f"{path} is of another training: {told}")
+    model.load_state_dict({name[6:]: tensor for name, tensor in tensors.items() if name.startswith("model.")})
+    for name, weight in model.named_parameters():
+        if (momentum := tensors.get(f"momentum.{name}")) is not None:
+            optimizer.state[weight]["momentum_buffer"] = torch.empty_like(weight.detach()).copy_(momentum)
+    state = _State(**kept["state"])
+    state.curve = [Epoch(**point) for point in kept["state"]["curve"]]
+    return state
+
+
+def _flat(values: dict[str, Any]) -> dict[str, Any]:
+    inner = {f"{k}.{i}": v for k, value in values.items() if isinstance(value, dict) for i, v in value.items()}
+    return {**{key: value for key, value in values.items() if not isinstance(value, dict)}, **inner}
+
+
+def _hardware(accelerator: Accelerator) -> dict[str, Any]:
+    device = accelerator.device
+    if device.type == "cuda":
+        name = torch.cuda.get_device_name(device)
+    else:
+        lines: list[str] = []
+        with contextlib.suppress(OSError):
+            lines = Path("/proc/cpuinfo").read_text().splitlines()
+        name = next((line.split(":")[1].strip() for line in lines if line.startswith("model name")), platform.machine())
+    return {
+        "device": name,
+        "processes": accelerator.num_processes,
+        "threads": torch.get_num_threads(),
+        "precision": accelerator.mixed_precision,
+    }
+
+
+def _versions() -> dict[str, str]:
+    names = ("hf_unlearnable", "torch", "torchvision", "timm", "accelerate", "datasets", "pillow", "numpy")
+    return {"python": platform.python_version(), **{name: version(name) for name in names}}

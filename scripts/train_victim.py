@@ -1,0 +1,215 @@
+"""Train victims on a dataset, one for every seed, and say what they learned about clean test pictures.
+
+    accelerate launch scripts/train_victim.py --dataset out/cuda --test-dataset cifar10 --test-split test \\
+        --backbone resnet18 --defense erm --recipe fast --seeds 0 1 2 --output runs/cuda-erm
+
+The output holds options.json, summary.json (mean and spread over the seeds) and, for every seed, a folder seed-N with
+result.json, curves.png and victim.safetensors (the weights). A run that was stopped (Ctrl-C, --max-minutes, a crash)
+goes on where it stood when the same command is given again; more --seeds may be added to a run later.
+
+On a CPU, start it with plain `python`: `accelerate launch` gives a process one thread unless it is told
+--num_cpu_threads_per_process. Several GPUs: `accelerate launch --num_processes 4 scripts/train_victim.py ...`.
+Several processes on CPUs: `torchrun --nproc_per_node 2 scripts/train_victim.py --cpu ...`, because `accelerate launch
+--cpu --num_processes 2` starts a single one unless it is given MPI. The batch size is that of all processes together;
+with BatchNorm, every process normalises by its own rows.
+
+Exit status: 0 finished, 1 error, 2 wrong command line, 75 out of time (--max-minutes), 130 interrupted.
+"""
+
+import argparse
+import json
+import shutil
+import sys
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+from safetensors import SafetensorError
+from safetensors.torch import save_file
+
+from hf_unlearnable import options, report, sources
+from hf_unlearnable.batches import Batches
+from hf_unlearnable.defenses.base import Defense
+from hf_unlearnable.defenses.erm import Erm
+from hf_unlearnable.networks import SHORT_NAMES, create_network
+from hf_unlearnable.recipes import RECIPES, Recipe, Result, recipe, summary
+from hf_unlearnable.victim import Unfinished, train
+
+DEFENSES: dict[str, type[Defense]] = {"erm": Erm}
+NOT_IDENTITY = ("output", "overwrite", "seeds", "max_minutes", "cpu", "progress")
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    arguments = parse(argv)
+    precision = arguments.mixed_precision
+    if precision == "auto":
+        precision = "bf16" if torch.cuda.is_available() and not arguments.cpu else "no"
+    accelerator = Accelerator(cpu=arguments.cpu, mixed_precision=precision)
+    try:
+        return run(arguments, accelerator)
+    except (ValueError, TypeError, OSError, SafetensorError, FloatingPointError) as error:
+        say(accelerator, f"train_victim.py: {error}", file=sys.stderr)
+        return 1
+    except Unfinished as error:
+        say(accelerator, f"out of time: {error}; the same command goes on")
+        return 75
+    except KeyboardInterrupt as error:
+        say(accelerator, f"interrupted: {error}; the same command goes on")
+        return 130
+    finally:
+        accelerator.end_training()
+
+
+def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
+    )
+    source = "Hub id, folder of pictures, parquet, save_to_disk, or demo"
+    parser.add_argument("--dataset", required=True, help=f"training pictures: {source}")
+    parser.add_argument("--train-split", help="default: the only one, or train")
+    parser.add_argument("--test-dataset", help=f"clean test pictures: {source}; default: --dataset")
+    parser.add_argument("--test-split", default="test", help="default: test")
+    parser.add_argument("--image-column", help="default: the only one")
+    parser.add_argument("--label-column", help="default: the only one")
+    parser.add_argument("--rows", type=int, help="train on this many rows: the same whatever the seed, class by class")
+    parser.add_argument("--image-size", type=int, help="resize and crop all pictures; default: they are of one size")
+    parser.add_argument("--backbone", default="resnet18", help=f"{', '.join(SHORT_NAMES)}, or any name of timm")
+    parser.add_argument("--pretrained", action="store_true", help="start from timm's weights")
+    parser.add_argument("--defense", default="erm", help=", ".join(DEFENSES))
+    parser.add_argument("--recipe", default="fast", help=", ".join(RECIPES))
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0], help="default: 0")
+    parser.add_argument("--validation-fraction", type=float, default=0.1, help="of the training rows (default: 0.1)")
+    parser.add_argument("--evaluate-every", type=int, default=1, help="epochs between evaluations (default: 1)")
+    parser.add_argument("--output", required=True, type=Path, help="folder of the run")
+    parser.add_argument("--overwrite", action="store_true", help="replace the run in the output")
+    parser.add_argument("--max-minutes", type=float, help="stop after this time; the same command goes on")
+    parser.add_argument("--mixed-precision", choices=("auto", "no", "bf16"), default="auto", help="auto: bf16 on GPUs")
+    parser.add_argument("--cpu", action="store_true", help="do not use a GPU")
+    parser.add_argument("--progress", action=argparse.BooleanOptionalAction, default=True)
+    options.add_fields(parser.add_argument_group("changes to the recipe"), Recipe, skip=("name",))
+    arguments = parser.parse_args(argv)
+    for what, known in (("defense", DEFENSES), ("recipe", RECIPES)):
+        name = getattr(arguments, what)
+        if name not in known:
+            parser.error(f"there is no {what} {name!r}{sources.near(name, known)}; they are {', '.join(known)}")
+    return arguments
+
+
+def run(arguments: argparse.Namespace, accelerator: Accelerator) -> int:
+    began = time.monotonic()
+    chosen = recipe(arguments.recipe, **options.given(arguments, Recipe, skip=("name",)))
+    defense = DEFENSES[arguments.defense]()
+    output: Path = arguments.output
+    open_run(arguments, accelerator)
+    columns = {"image_column": arguments.image_column, "label_column": arguments.label_column}
+    how = {**columns, "image_size": arguments.image_size, "device": accelerator.device}
+    how["progress"] = arguments.progress and accelerator.is_main_process
+    with accelerator.main_process_first():
+        training = sources.load_split(arguments.dataset, arguments.train_split)
+        test = sources.load_split(arguments.test_dataset or arguments.dataset, arguments.test_split)
+    pictures, test_pictures = Batches.load(training, rows=arguments.rows, **how), Batches.load(test, **how)
+
+    results, limit = [], arguments.max_minutes
+    for seed in arguments.seeds:
+        folder = output / f"seed-{seed}"
+        if not (folder / "result.json").exists():
+            network = create_network(
+                arguments.backbone,
+                num_classes=len(pictures.classes),
+                image_size=pictures.image_size,
+                seed=seed,
+                pretrained=arguments.pretrained,
+            )
+            result = train(
+                network,
+                pictures,
+                test_pictures,
+                recipe=chosen,
+                defense=defense,
+                accelerator=accelerator,
+                seed=seed,
+                validation_fraction=arguments.validation_fraction,
+                evaluate_every=arguments.evaluate_every,
+                checkpoint=folder / "checkpoint.safetensors",
+                max_minutes=None if limit is None else max(0.0, limit - (time.monotonic() - began) / 60),
+                progress=arguments.progress,
+            )
+            if accelerator.is_main_process:
+                keep(folder, network, result)
+            accelerator.wait_for_everyone()
+        results.append(Result.load(folder / "result.json"))
+        say(accelerator, f"seed {seed}: test accuracy {results[-1].test_accuracy:.4f}")
+    if accelerator.is_main_process:
+        (output / "summary.json").write_text(json.dumps(summary(results), indent=1) + "\n")
+    say(accelerator, told(arguments, results))
+    return 0
+
+
+def open_run(arguments: argparse.Namespace, accelerator: Accelerator) -> None:
+    """Make the output folder, or make sure that it holds the beginning of this very run."""
+    output: Path = arguments.output
+    identity = {name: value for name, value in vars(arguments).items() if name not in NOT_IDENTITY}
+    identity = json.loads(json.dumps(identity))
+    noted = output / "options.json"
+    if output.exists() and any(output.iterdir()) and not noted.exists():
+        raise FileExistsError(f"{output} exists and is not a run of this script: choose another --output")
+    if noted.exists() and not arguments.overwrite:
+        before = json.loads(noted.read_text())
+        if other := [name for name in {**before, **identity} if before.get(name) != identity.get(name)]:
+            there = ", ".join(f"{name}={before.get(name)!r}" for name in other)
+            raise FileExistsError(f"{output} holds another run ({there}): --overwrite, or choose another --output")
+        if all((output / f"seed-{seed}" / "result.json").exists() for seed in arguments.seeds):
+            raise FileExistsError(f"{output} holds this run, finished: --overwrite, or choose another --output")
+    accelerator.wait_for_everyone()
+    if accelerator.is_main_process:
+        if arguments.overwrite and noted.exists():
+            for folder in output.glob("seed-*"):
+                shutil.rmtree(folder)
+            (output / "summary.json").unlink(missing_ok=True)
+        output.mkdir(parents=True, exist_ok=True)
+        noted.write_text(json.dumps(identity, indent=1) + "\n")
+    accelerator.wait_for_everyone()
+
+
+def keep(folder: Path, network: torch.nn.Module, result: Result) -> None:
+    """The weights, the picture, and last of all the result, which says that the seed is finished."""
+    weights = {name: tensor.detach().cpu().contiguous().clone() for name, tensor in network.state_dict().items()}
+    save_file(weights, folder / "victim.safetensors")
+    report.curves(result, folder / "curves.png")
+    result.save(folder / "result.json")
+    (folder / "checkpoint.safetensors").unlink(missing_ok=True)
+
+
+def told(arguments: argparse.Namespace, results: Sequence[Result]) -> str:
+    """The summary for people: the last accuracy first, chance beside it."""
+    first, spread = results[0], summary(results)
+    hardware = first.hardware
+    seeds = " ".join(str(result.seed) for result in results)
+    lines = [
+        f"{arguments.output}: {arguments.backbone}, defense {arguments.defense}, recipe {arguments.recipe}, "
+        f"seeds {seeds}; {first.train_rows:,} rows for training, {first.validation_rows:,} for validation; "
+        f"{hardware['processes']} process(es) on {hardware['device']}, {spread['seconds']['mean']:.0f} s a seed",
+        f"  test accuracy after the last step   {_spread(spread['test_accuracy'])}   on {first.test_rows:,} rows",
+        f"  at the best epoch by validation     {_spread(spread['best_test_accuracy'])}",
+        f"  chance (commonest test class)       {first.chance:.4f}",
+        f"  validation accuracy                 {_spread(spread['validation_accuracy'])}   (rows of the training data)",
+    ]
+    return "\n".join(lines)
+
+
+def _spread(values: dict[str, Any] | None) -> str:
+    if values is None:
+        return "not measured"
+    return f"{values['mean']:.4f}" + (f" ± {values['std']:.4f}" if values["std"] is not None else "")
+
+
+def say(accelerator: Accelerator, text: str, **where: Any) -> None:
+    if accelerator.is_main_process:
+        print(text, **where)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
