@@ -48,10 +48,7 @@ class OpsPoison(Poison):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        height, width = (int(side) for side in self.size)
-        pixels = tuple(tuple((int(h), int(w), int(v)) for h, w, v in own) for own in self.pixels)
-        object.__setattr__(self, "size", (height, width))
-        object.__setattr__(self, "pixels", pixels)
+        (height, width), pixels = self.size, self.pixels
         if self.num_classes is None and pixels:
             object.__setattr__(self, "num_classes", len(pixels))
         if not pixels or len(pixels) != self.num_classes:
