@@ -17,7 +17,7 @@ _SCALE = 4
 
 
 def shapes(*, train_rows: int = 4000, test_rows: int = 1000, seed: int = 0) -> DatasetDict:
-    """Ten shapes in random colours, sizes, places and angles on textured grounds; columns `image` and `label`.
+    """Ten shapes in random colours, sizes, places and angles on cloudy, grainy grounds; columns `image` and `label`.
 
     Args:
         train_rows, test_rows: pictures a split, in turn over the classes.
@@ -72,23 +72,25 @@ def _outline(label: int) -> list[list[tuple[float, float]]]:
 
 def _draw(label: int, draws: np.random.Generator) -> PIL.Image.Image:
     side = _SIZE * _SCALE
-    ground = draws.uniform(0, 255, 3)
-    colour = draws.uniform(0, 255, 3)
-    while np.abs(colour - ground).sum() < 160:
-        colour = draws.uniform(0, 255, 3)
-    canvas = PIL.Image.new("L", (side, side), 0)
-    pen = PIL.ImageDraw.Draw(canvas)
-    angle = draws.uniform(-0.5, 0.5)
-    radius = draws.uniform(0.24, 0.42) * side
+    ground = draws.uniform(40, 215, 3)
+    direction = draws.normal(size=3)
+    colour = ground + draws.uniform(110, 180) * direction / np.linalg.norm(direction)
+    angle, radius = draws.uniform(-0.5, 0.5), draws.uniform(0.3, 0.44) * side
     centre = draws.uniform(radius, side - radius, 2)
     turn = np.array([[math.cos(angle), -math.sin(angle)], [math.sin(angle), math.cos(angle)]])
+    canvas = PIL.Image.new("L", (side, side), 0)
+    pen = PIL.ImageDraw.Draw(canvas)
     for polygon, ink in zip(_outline(label), (255, 0), strict=False):
         points = np.asarray(polygon) @ turn.T * radius + centre
         pen.polygon([(float(x), float(y)) for x, y in points], fill=ink)
     shape = np.asarray(canvas.resize((_SIZE, _SIZE), PIL.Image.Resampling.BOX), dtype=np.float64)[:, :, None] / 255
-    yy, xx = np.mgrid[0:_SIZE, 0:_SIZE][:, :, :, None] / _SIZE
-    slope = draws.normal(0, 40, (2, 3))
-    grain = draws.normal(0, 12, (_SIZE, _SIZE, 3))
-    picture = ground + slope[0] * (xx - 0.5) + slope[1] * (yy - 0.5)
-    picture = picture * (1 - shape) + colour * shape + grain
+    texture = sum(_clouds(cells, draws) * size for cells, size in ((3, 8.0), (6, 5.6), (12, 4.0), (_SIZE, 18.0)))
+    picture = ground * (1 - shape) + colour * shape + texture
     return PIL.Image.fromarray(np.clip(np.round(picture), 0, 255).astype(np.uint8))
+
+
+def _clouds(cells: int, draws: np.random.Generator) -> np.ndarray:
+    """Smooth noise of unit size on a grid of cells, at full resolution."""
+    grid = draws.normal(size=(3, cells, cells)).astype(np.float32)
+    planes = [PIL.Image.fromarray(plane).resize((_SIZE, _SIZE), PIL.Image.Resampling.BICUBIC) for plane in grid]
+    return np.stack([np.asarray(plane) for plane in planes], axis=-1)

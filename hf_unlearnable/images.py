@@ -38,8 +38,8 @@ class Picture:
 
 
 def to_float(pixels: UInt8[Tensor, "*b 3 h w"]) -> Float[Tensor, "*b 3 h w"]:
-    """uint8 to float32 in [0, 1]."""
-    return pixels.to(torch.float32).div_(255)
+    """uint8 to float32 in [0, 1], the nearest float to level / 255 on every device."""
+    return pixels.to(torch.float32).div_(torch.tensor(255.0, device=pixels.device))
 
 
 def to_uint8(x: Float[Tensor, "*b 3 h w"]) -> UInt8[Tensor, "*b 3 h w"]:

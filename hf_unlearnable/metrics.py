@@ -65,34 +65,34 @@ class PixelReport:
     """Collects what was done to the pixels, batch by batch; memory grows by a few numbers a row.
 
     Args:
-        budget: what the method promised; `update` enforces it.
         perceptual_every: PSNR and SSIM are measured on every n-th row (the rest on all rows).
     """
 
-    budget: Budget | None = None
     perceptual_every: int = 1
     _rows: dict[str, list[np.ndarray]] = field(default_factory=dict)
+    _kept: dict[Budget, int] = field(default_factory=dict)
     _values: int = 0
     _at_bound: int = 0
     _clipped: int = 0
     _changed_values: int = 0
 
-    def update(self, clean: Pixels, poisoned: Pixels, rows: list[int]) -> None:
-        """Add pictures of one size; `rows` are their places in the split.
+    def update(self, clean: Pixels, poisoned: Pixels, rows: list[int], budget: Budget | None = None) -> None:
+        """Add pictures of one size; `rows` are their places in the split, `budget` is what was promised for them.
 
         Raises:
             ValueError: a row exceeds the budget; names it.
         """
         where = [f"row {row}" for row in rows]
-        if self.budget is not None:
-            self.budget.check(clean, poisoned, where)
+        if budget is not None:
+            budget.check(clean, poisoned, where)
+            self._kept[budget] = self._kept.get(budget, 0) + len(rows)
         difference = poisoned.to(torch.int16) - clean.to(torch.int16)
         size = difference.abs()
         changed = size != 0
         self._values += size.numel()
         self._changed_values += int(changed.sum())
-        if self.budget is not None and self.budget.norm == "linf":
-            self._at_bound += int((size == math.floor(self.budget.epsilon * 255 + 1e-6)).sum())
+        if budget is not None and budget.norm == "linf":
+            self._at_bound += int((size == math.floor(budget.epsilon * 255 + 1e-6)).sum())
         self._clipped += int((changed & ((poisoned == 0) | (poisoned == 255))).sum())
         self._add("row", np.asarray(rows))
         self._add("linf_levels", size.flatten(1).amax(1).numpy())
@@ -124,10 +124,9 @@ class PixelReport:
             "values_clipped": self._clipped / self._values,
             "ssim_variant": "wang: 11x11 Gaussian, sigma 1.5, valid region, mean of channels",
         }
-        if self.budget is not None:
-            result["budget"] = {"norm": self.budget.norm, "epsilon": self.budget.epsilon, "kept_by_rows": len(rows)}
-            if self.budget.norm == "linf":
-                result["values_at_bound"] = self._at_bound / self._values
+        result["budgets"] = [{"norm": b.norm, "epsilon": b.epsilon, "kept_by_rows": n} for b, n in self._kept.items()]
+        if any(budget.norm == "linf" for budget in self._kept):
+            result["values_at_bound"] = self._at_bound / self._values
         for name, values in columns.items():
             result[name] = _spread(values)
         if len(seen):

@@ -129,7 +129,7 @@ def _measure(
     names = columns.class_names(clean.features, label) if label else None
     wanted = _preview_rows(clean, label)
     plain = clean.with_format("arrow").cast_column(image, Image(decode=False))
-    report = PixelReport(budget=poison.budget, perceptual_every=max(1, math.ceil(len(clean) / PERCEPTUAL_ROWS)))
+    report = PixelReport(perceptual_every=max(1, math.ceil(len(clean) / PERCEPTUAL_ROWS)))
     clean_digest, published_digest = hashlib.sha256(), hashlib.sha256()
     pairs: dict[int, preview.Pair] = {}
     start = 0
@@ -144,7 +144,7 @@ def _measure(
             clean_digest.update(digest(picture.pixels))
         for picture in new:
             published_digest.update(digest(picture.pixels))
-        _update(report, old, new, rows)
+        _update(report, poison, old, new, rows)
         for row in wanted.intersection(rows):
             value = before[label][row - start].as_py() if label else None
             name = names[value] if names and value is not None else f"class {value}" if label else ""
@@ -195,7 +195,7 @@ def _preview_rows(dataset: Dataset, label: str | None) -> set[int]:
     return set(first[:PREVIEW_ROWS].tolist())
 
 
-def _update(report: PixelReport, old: list[Picture], new: list[Picture], rows: list[int]) -> None:
+def _update(report: PixelReport, poison: Poison, old: list[Picture], new: list[Picture], rows: list[int]) -> None:
     sizes: dict[torch.Size, list[int]] = {}
     for i, (before, after) in enumerate(zip(old, new, strict=True)):
         if before.pixels.shape != after.pixels.shape:
@@ -208,6 +208,7 @@ def _update(report: PixelReport, old: list[Picture], new: list[Picture], rows: l
             torch.stack([old[i].pixels for i in places]),
             torch.stack([new[i].pixels for i in places]),
             [rows[i] for i in places],
+            poison.budget_for(*old[places[0]].pixels.shape[1:]),
         )
 
 

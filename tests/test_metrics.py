@@ -48,10 +48,10 @@ def test_ssim_needs_room() -> None:
 def test_the_report_is_what_loops_find_and_does_not_depend_on_batches() -> None:
     clean, poisoned = pair()
     poisoned[4] = clean[4]
-    whole, parts = (metrics.PixelReport(budget=Budget("linf", 8 / 255)) for _ in range(2))
-    whole.update(clean, poisoned, list(range(6)))
+    whole, parts = (metrics.PixelReport() for _ in range(2))
+    whole.update(clean, poisoned, list(range(6)), Budget("linf", 8 / 255))
     for row in range(6):
-        parts.update(clean[row : row + 1], poisoned[row : row + 1], [row])
+        parts.update(clean[row : row + 1], poisoned[row : row + 1], [row], Budget("linf", 8 / 255))
     summary = whole.summary()
     for name, value in parts.summary().items():
         numeric = isinstance(value, int | float) or (isinstance(value, dict) and "mean" in value)
@@ -72,7 +72,7 @@ def test_the_report_is_what_loops_find_and_does_not_depend_on_batches() -> None:
 def test_the_report_enforces_the_budget_and_names_the_row() -> None:
     clean, poisoned = pair()
     with pytest.raises(ValueError, match="^row 1[0-5]: expected linf of at most 7/255, got 8/255"):
-        metrics.PixelReport(budget=Budget("linf", 7 / 255)).update(clean, poisoned, list(range(10, 16)))
+        metrics.PixelReport().update(clean, poisoned, list(range(10, 16)), Budget("linf", 7 / 255))
 
 
 def test_small_pictures_have_no_ssim_and_an_empty_report_is_an_error() -> None:

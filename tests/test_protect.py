@@ -84,7 +84,7 @@ def test_several_shards_and_processes_are_the_same_rows(
     assert len(record.published["files"]) >= 3
     found = load_dataset(str(tmp_path / "out"), split="train", cache_dir=str(tmp_path / "cache"))
     assert np.array_equal(pixels(found), pixels(RandomNoisePoison(seed=7).apply(small)))
-    assert record.pixels["budget"] == {"norm": "linf", "epsilon": 8 / 255, "kept_by_rows": 24}
+    assert record.pixels["budgets"] == [{"norm": "linf", "epsilon": 8 / 255, "kept_by_rows": 24}]
     assert record.pixels["linf_levels"]["largest"] == 8
 
 

@@ -71,16 +71,9 @@ class ArPoison(Poison):
         if self.norm == "linf" and self.epsilon is not None and not 1 / 255 - 1e-8 < self.epsilon <= 1:
             raise ValueError(f"an L-inf epsilon is at least 1/255 and at most 1, got {self.epsilon}")
 
-    @property
-    def budget(self) -> Budget | None:
-        """The bound where it is the same for all sizes; see `budget_for`."""
-        if self.norm == "l2" and self.epsilon is None:
-            return None
-        return Budget(self.norm, 8 / 255 if self.epsilon is None else self.epsilon)
-
     def budget_for(self, height: int, width: int) -> Budget:
-        """The bound that published pictures of this size keep."""
-        return self.budget or Budget("l2", math.sqrt(height * width) / 32)
+        default = 8 / 255 if self.norm == "linf" else math.sqrt(height * width) / 32
+        return Budget(self.norm, default if self.epsilon is None else self.epsilon)
 
     def coefficients(self, num_classes: int, *, large: bool = False) -> Float[Tensor, "n 3 3 3"]:
         """The weights of classes 0 to num_classes - 1, float64: class, channel, and the window with b[0, 0] last.

@@ -89,9 +89,8 @@ class Poison(Transform):
         """The batch generator: pictures in [0, 1] to poisoned ones in [0, 1], on x's device (clipped by the base)."""
         raise TypeError(f"{type(self).__name__} does not say how it perturbs")
 
-    @property
-    def budget(self) -> Budget | None:
-        """The bound that published pictures keep, or None for methods without one."""
+    def budget_for(self, height: int, width: int) -> Budget | None:
+        """The bound that published pictures of this size keep, or None for methods without one."""
         return None
 
     @property
@@ -111,9 +110,14 @@ class Poison(Transform):
             raise ValueError(
                 f"{where[row]}: expected one of {self.num_classes} classes (num_classes), got label {int(labels[row])}"
             )
-        poisoned = to_uint8(self.perturb(to_float(pixels), labels, Draws(self.seed, self.name, pixels)))
-        if self.budget is not None:
-            self.budget.check(pixels, poisoned, where)
+        height, width = pixels.shape[2:]
+        try:
+            poisoned = to_uint8(self.perturb(to_float(pixels), labels, Draws(self.seed, self.name, pixels)))
+        except ValueError as error:
+            raise ValueError(f"{where[0]} and the others of {height} x {width} pixels with it: {error}") from error
+        budget = self.budget_for(height, width)
+        if budget is not None:
+            budget.check(pixels, poisoned, where)
         return poisoned
 
     def chosen(self, pictures: Sequence[Picture], labels: Sequence[int] | None) -> np.ndarray:

@@ -59,13 +59,7 @@ class LspPoison(Poison):
         if not (math.isfinite(self.class_sep) and self.class_sep > 0):
             raise ValueError(f"class_sep is a positive number, got {self.class_sep}")
 
-    @property
-    def budget(self) -> Budget | None:
-        """The bound where `l2_radius` sets one for all sizes; see `budget_for`."""
-        return None if self.l2_radius is None else Budget("l2", self.l2_radius)
-
     def budget_for(self, height: int, width: int) -> Budget:
-        """The bound that published pictures of this size keep."""
         radius = 6 / 255 * math.sqrt(3 * height * width) if self.l2_radius is None else self.l2_radius
         return Budget("l2", radius)
 

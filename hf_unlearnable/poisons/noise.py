@@ -25,8 +25,7 @@ class RandomNoisePoison(Poison):
 
     epsilon: float = 8 / 255
 
-    @property
-    def budget(self) -> Budget:
+    def budget_for(self, height: int, width: int) -> Budget:
         return Budget("linf", self.epsilon)
 
     @property

@@ -122,8 +122,7 @@ class OpsPoison(Poison):
             **fields,
         )
 
-    @property
-    def budget(self) -> Budget:
+    def budget_for(self, height: int, width: int) -> Budget:
         return Budget("l0", self.sparsity)
 
     def perturb(self, x: Images, y: Labels | None, draws: Draws) -> Images:

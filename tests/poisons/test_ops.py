@@ -7,6 +7,7 @@ import pytest
 import torch
 from datasets import Dataset, DatasetDict
 
+from hf_unlearnable.budget import Budget
 from hf_unlearnable.images import Picture
 from hf_unlearnable.poisons import ops
 from hf_unlearnable.poisons.ops import OpsPoison
@@ -100,8 +101,7 @@ def test_a_picture_that_has_the_colour_stays_as_it_is(poison: OpsPoison) -> None
 
 def test_sparsity(source: Dataset) -> None:
     fitted = OpsPoison.fit(source, seed=1, sparsity=5, progress=False)
-    assert fitted.budget.norm == "l0"
-    assert fitted.budget.epsilon == 5
+    assert fitted.budget_for(32, 32) == Budget("l0", 5)
     changed = (pixels(source) != pixels(fitted.apply(source))).any(3).sum((1, 2))
     assert changed.max() == 5
     assert changed.min() >= 4
