@@ -16,6 +16,8 @@ def main() -> None:
     for kind, block in blocks:
         commands = [block] if kind == "python" else [line for line in block.replace("\\\n", " ").splitlines() if line]
         for command in commands:
+            if "pictures" in command and not Path("pictures").exists() and Path(".venv").exists():
+                subprocess.run([".venv/bin/python", ".ci/pictures.py"], check=True)
             print(f"\n$ {command}", flush=True)
             start = time.monotonic()
             run = ["bash", "-ec", command] if kind == "sh" else [".venv/bin/python", "-c", command]

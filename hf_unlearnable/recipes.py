@@ -1,17 +1,10 @@
-"""What a training is asked to do (`Recipe`: how long, how fast, with which augmentation) and gave (`Result`)."""
+"""What a training is asked to do: how long, how fast, with which augmentation."""
 
 import dataclasses
 import difflib
-import json
 import math
-import os
-import statistics
-from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
-from typing import Any, Literal, Self, get_args
-
-SCHEMA = 1
+from typing import Any, Literal, get_args
 
 Schedule = Literal["constant", "step", "cosine", "onecycle"]
 AugmentationName = Literal["crop_flip", "crop", "flip", "none"]
@@ -138,106 +131,3 @@ def recipe(name: str, **changes: Any) -> Recipe:
         if changes.get(given) is not None and other not in changes:
             changes[other] = None
     return dataclasses.replace(RECIPES[name], **changes)
-
-
-@dataclass(frozen=True, kw_only=True)
-class Epoch:
-    """One point of the curve. Accuracies are fractions; None where they were not measured.
-
-    Args:
-        epoch: passes begun so far, from 1.
-        steps: optimiser steps done so far.
-        train_loss: mean of the defense's loss over the rows of this pass.
-        train_accuracy: share of this pass's rows that the last forward of a step got right, as the defense showed them.
-    """
-
-    epoch: int
-    steps: int
-    train_loss: float
-    train_accuracy: float | None
-    validation_accuracy: float | None
-    test_accuracy: float | None
-
-
-@dataclass(frozen=True, kw_only=True)
-class Result:
-    """What one training gave. Accuracies are fractions, measured in evaluation mode on pictures as they are.
-
-    Args:
-        test_accuracy: after the last step: the figure to report.
-        best_test_accuracy: at the epoch with the best validation accuracy (the first of equals). The validation rows
-            come from the training data: where that is poisoned, so are they.
-        confusion: confusion[i][j] test rows of class i were taken for class j, after the last step.
-        seconds: training and evaluation, over all resumptions.
-    """
-
-    test_accuracy: float
-    best_test_accuracy: float | None
-    best_epoch: int | None
-    validation_accuracy: float | None
-    best_validation_accuracy: float | None
-    class_accuracy: tuple[float | None, ...]
-    confusion: tuple[tuple[int, ...], ...]
-    curve: tuple[Epoch, ...]
-    classes: tuple[str, ...]
-    train_rows: int
-    validation_rows: int
-    test_rows: int
-    image_size: tuple[int, int]
-    train_digest: str
-    test_digest: str
-    backbone: str
-    defense: dict[str, Any]
-    recipe: Recipe
-    seed: int
-    hardware: dict[str, Any]
-    versions: dict[str, str]
-    seconds: float
-    schema: int = SCHEMA
-
-    @property
-    def chance(self) -> float:
-        """The test accuracy of always answering with the commonest class."""
-        return max(sum(row) for row in self.confusion) / self.test_rows
-
-    def save(self, path: str | Path) -> None:
-        """Write the result as JSON, whole or not at all."""
-        path = Path(path)
-        partial = path.with_name(f".{path.name}.partial")
-        partial.write_text(json.dumps(dataclasses.asdict(self), indent=1, allow_nan=False) + "\n")
-        os.replace(partial, path)
-
-    @classmethod
-    def load(cls, path: str | Path) -> Self:
-        """Read a result.
-
-        Raises:
-            FileNotFoundError: there is none.
-            ValueError: not a result, or one of another schema.
-        """
-        try:
-            values = json.loads(Path(path).read_text())
-            if values["schema"] != SCHEMA:
-                raise ValueError(f"its schema is {values['schema']!r}")
-            values["curve"] = tuple(Epoch(**point) for point in values["curve"])
-            values["confusion"] = tuple(tuple(row) for row in values["confusion"])
-            values["recipe"] = Recipe(**values["recipe"])
-            for name in ("class_accuracy", "classes", "image_size"):
-                values[name] = tuple(values[name])
-            return cls(**values)
-        except (ValueError, KeyError, TypeError) as error:
-            raise ValueError(f"{path}: expected a result of schema {SCHEMA}, but {error}") from error
-
-
-def summary(results: Sequence[Result]) -> dict[str, Any]:
-    """Mean, sample standard deviation (None for one), least and most of the accuracies over the seeds."""
-
-    def spread(name: str) -> dict[str, float | None] | None:
-        values = [getattr(result, name) for result in results]
-        if None in values:
-            return None
-        deviation = statistics.stdev(values) if len(values) > 1 else None
-        return {"mean": statistics.fmean(values), "std": deviation, "min": min(values), "max": max(values)}
-
-    names = ("test_accuracy", "best_test_accuracy", "validation_accuracy", "best_validation_accuracy", "seconds")
-    return {"seeds": [result.seed for result in results], **{name: spread(name) for name in names}}

@@ -7,7 +7,7 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
-from hf_unlearnable.victim import Result
+from hf_unlearnable.result import Result
 
 COLOURS = {"train": "#0072B2", "validation": "#E69F00", "test": "#D55E00"}
 

@@ -12,17 +12,11 @@ process's own rows (the running ones are averaged over the processes).
 
 import contextlib
 import dataclasses
-import hashlib
 import json
 import math
 import os
-import platform
-import signal
-import threading
 import time
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
-from importlib.metadata import version
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -30,18 +24,19 @@ import torch
 from accelerate import Accelerator
 from accelerate.utils import DistributedType
 from jaxtyping import Float, Int
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
 from hf_unlearnable.augment import Augmentation, CropFlip, take
 from hf_unlearnable.batches import Batch, Batches
+from hf_unlearnable.checkpoint import Interrupts, load_checkpoint, save_checkpoint, weights_digest
 from hf_unlearnable.defenses.base import Defense, describe
 from hf_unlearnable.images import Images, Labels, Pixels, to_float
 from hf_unlearnable.keys import torch_generator
 from hf_unlearnable.networks import Network, frozen
-from hf_unlearnable.recipes import Epoch, Recipe, Result
+from hf_unlearnable.recipes import Recipe
+from hf_unlearnable.record import hardware, versions
+from hf_unlearnable.result import Result, Tally
 
 
 class Unfinished(RuntimeError):
@@ -125,33 +120,35 @@ def train(
         "validation_fraction": validation_fraction,
         "evaluate_every": evaluate_every,
         "precision": accelerator.mixed_precision,
-        "initial_weights": _digest(model),
+        "initial_weights": weights_digest(model),
         "train_digest": train.digest(),
         "test_digest": test.digest(),
     }
     run = json.loads(json.dumps(run, default=str))
-    state = _load(Path(checkpoint), run, model, optimizer) if checkpoint and Path(checkpoint).exists() else _State()
-    before, look_every = state.seconds, 1 if device.type == "cpu" else 20  # to read from a GPU is to wait for it
-    sums = torch.tensor(state.sums, dtype=torch.float64, device=device)
+    tally = Tally()
+    if checkpoint and Path(checkpoint).exists():
+        tally = Tally.resumed(load_checkpoint(checkpoint, run=run, model=model, optimizer=optimizer))
+    before, look_every = tally.seconds, 1 if device.type == "cpu" else 20  # to read from a GPU is to wait for it
+    sums = torch.tensor(tally.sums, dtype=torch.float64, device=device)
     main = accelerator.is_main_process
 
     with (
         _own_randomness(device),
         _restored_modes(model),
         _last_logits(model) as logits,
-        _Interrupts() as interrupts,
+        Interrupts() as interrupts,
         tqdm(
             desc="training",
             total=total,
-            initial=state.step,
+            initial=tally.step,
             unit="step",
             mininterval=0.5,
             disable=not (progress and main),
         ) as bar,
     ):
         model.train()
-        order = _stream(training, recipe, seed, rank, world, state.step)
-        for step, batch in zip(range(state.step, total), order, strict=False):
+        order = _stream(training, recipe, seed, rank, world, tally.step)
+        for step, batch in zip(range(tally.step, total), order, strict=False):
             for group in optimizer.param_groups:
                 group["lr"] = recipe.rate(step, total)
             optimizer.zero_grad()
@@ -175,39 +172,35 @@ def train(
             optimizer.step()
             bar.update()
 
-            state.step = step + 1
-            finished, passed = state.step == total, state.step % per_epoch == 0
-            if not (finished or passed or state.step % look_every == 0):
+            tally.step = step + 1
+            finished, passed = tally.step == total, tally.step % per_epoch == 0
+            if not (finished or passed or tally.step % look_every == 0):
                 continue
-            late, interrupted = state.look(sums.tolist(), total)
-            bar.set_postfix(state.shown(), refresh=False)
+            late, interrupted = tally.look(sums.tolist(), total)
+            bar.set_postfix(tally.shown(), refresh=False)
             if finished or passed:
-                epoch = -(-state.step // per_epoch)
+                epoch = -(-tally.step // per_epoch)
                 if measured := finished or epoch % evaluate_every == 0:
-                    state.confusion = evaluate(model, test, accelerator=accelerator).tolist()
-                    state.held_out = evaluate(model, validation, accelerator=accelerator).tolist()
-                state.end_epoch(epoch, measured)
+                    tally.confusion = evaluate(model, test, accelerator=accelerator).tolist()
+                    tally.held_out = evaluate(model, validation, accelerator=accelerator).tolist()
+                tally.end_epoch(epoch, measured)
                 sums.zero_()
-            state.seconds = before + time.monotonic() - began
+            tally.seconds = before + time.monotonic() - began
             stopped = interrupted or (late and not finished)
             if checkpoint and main and (finished or stopped or time.monotonic() - saved >= checkpoint_seconds):
-                state.sums = [*sums.tolist()[:4], 0.0, 0.0, 0.0]
-                _save(Path(checkpoint), run, model, optimizer, state)
+                tally.sums = [*sums.tolist()[:4], 0.0, 0.0, 0.0]
+                kept = dataclasses.asdict(tally)
+                save_checkpoint(checkpoint, run=run, state=kept, model=model, optimizer=optimizer)
                 saved = time.monotonic()
             if checkpoint and (finished or stopped):
                 accelerator.wait_for_everyone()
             if interrupted:
-                raise KeyboardInterrupt(f"stopped after step {state.step} of {total}")
+                raise KeyboardInterrupt(f"stopped after step {tally.step} of {total}")
             if stopped:
-                raise Unfinished(f"stopped after step {state.step} of {total}; go on from {checkpoint}")
+                raise Unfinished(f"stopped after step {tally.step} of {total}; go on from {checkpoint}")
 
     return Result(
-        test_accuracy=_accuracy(state.confusion) or 0.0,
-        validation_accuracy=_accuracy(state.held_out),
-        **_best(state.curve),
-        class_accuracy=tuple(row[i] / sum(row) if sum(row) else None for i, row in enumerate(state.confusion)),
-        confusion=tuple(tuple(row) for row in state.confusion),
-        curve=tuple(state.curve),
+        **tally.measured(),
         classes=train.classes,
         train_rows=len(training),
         validation_rows=len(validation),
@@ -219,66 +212,9 @@ def train(
         defense=run["defense"],
         recipe=recipe,
         seed=seed,
-        hardware=_hardware(accelerator),
-        versions=_versions(),
-        seconds=state.seconds,
+        hardware=hardware(accelerator),
+        versions=versions("timm", "accelerate"),
     )
-
-
-@dataclass
-class _State:
-    """What a training knows besides its weights. `sums` are of the pass under way: loss, rows, right ones, rows that
-    could be judged, asked to stop by the clock, by a signal, steps since the loss ceased to be finite."""
-
-    step: int = 0
-    seconds: float = 0.0
-    sums: list[float] = field(default_factory=lambda: [0.0] * 7)
-    curve: list[Epoch] = field(default_factory=list)
-    confusion: list[list[int]] = field(default_factory=list)
-    held_out: list[list[int]] = field(default_factory=list)
-
-    def look(self, sums: list[float], total: int) -> tuple[bool, bool]:
-        self.sums = sums
-        if sums[6]:
-            raise FloatingPointError(
-                f"expected a finite loss, got one that is not at step {self.step - int(sums[6]) + 1} of {total}: "
-                "lower the learning rate, or clip the gradient (gradient_clip=5.0)"
-            )
-        return sums[4] > 0, sums[5] > 0
-
-    def end_epoch(self, epoch: int, measured: bool) -> None:
-        loss, rows, right, judged = self.sums[:4]
-        point = Epoch(
-            epoch=epoch,
-            steps=self.step,
-            train_loss=loss / rows,
-            train_accuracy=right / judged if judged == rows else None,
-            validation_accuracy=_accuracy(self.held_out) if measured else None,
-            test_accuracy=_accuracy(self.confusion) if measured else None,
-        )
-        self.curve.append(point)
-
-    def shown(self) -> dict[str, str]:
-        loss, rows, right, judged = self.sums[:4]
-        values = {"loss": loss / rows, "train": right / judged if judged == rows else None}
-        if self.curve:
-            values |= {"validation": self.curve[-1].validation_accuracy, "test": self.curve[-1].test_accuracy}
-        return {name: f"{value:.3f}" for name, value in values.items() if value is not None}
-
-
-def _accuracy(confusion: Sequence[Sequence[int]]) -> float | None:
-    rows = sum(map(sum, confusion))
-    return sum(row[i] for i, row in enumerate(confusion)) / rows if rows else None
-
-
-def _best(curve: list[Epoch]) -> dict[str, Any]:
-    judged = [point for point in curve if point.validation_accuracy is not None]
-    best = max(judged, key=lambda point: point.validation_accuracy or 0.0, default=None)
-    return {
-        "best_epoch": best and best.epoch,
-        "best_validation_accuracy": best and best.validation_accuracy,
-        "best_test_accuracy": best and best.test_accuracy,
-    }
 
 
 def _stream(training: Batches, recipe: Recipe, seed: int, rank: int, world: int, step: int) -> Iterator[Batch]:
@@ -382,28 +318,6 @@ def _last_logits(model: nn.Module) -> Iterator[dict[str, Tensor]]:
         handle.remove()
 
 
-class _Interrupts:
-    """Ctrl-C and SIGTERM become a wish to stop after the step under way; a second Ctrl-C stops at once."""
-
-    def __init__(self) -> None:
-        self.asked, self._when, self._before = False, 0.0, {}
-
-    def _note(self, number: int, frame: Any) -> None:
-        if self.asked and number == signal.SIGINT and time.monotonic() - self._when > 1:
-            raise KeyboardInterrupt
-        if not self.asked:
-            self.asked, self._when = True, time.monotonic()
-
-    def __enter__(self) -> "_Interrupts":
-        if threading.current_thread() is threading.main_thread():
-            self._before = {n: signal.signal(n, self._note) for n in (signal.SIGINT, signal.SIGTERM)}
-        return self
-
-    def __exit__(self, *exception: object) -> None:
-        for number, handler in self._before.items():
-            signal.signal(number, handler)
-
-
 def _check(
     model: nn.Module, train: Batches, test: Batches, recipe: Recipe, per_epoch: int, accelerator: Accelerator
 ) -> None:
@@ -430,77 +344,3 @@ def _check(
     expected = (min(2, len(train)), len(train.classes))
     if shape != expected:
         raise ValueError(f"expected logits of shape {expected} (rows, classes) from the network, got {shape}")
-
-
-def _digest(model: nn.Module) -> str:
-    state = hashlib.sha256()
-    for name, tensor in sorted(model.state_dict().items()):
-        state.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
-        state.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy())
-    return state.hexdigest()
-
-
-def _save(path: Path, run: dict[str, Any], model: nn.Module, optimizer: torch.optim.SGD, state: _State) -> None:
-    tensors = {f"model.{name}": tensor for name, tensor in model.state_dict().items()}
-    for name, weight in model.named_parameters():
-        if (momentum := optimizer.state.get(weight, {}).get("momentum_buffer")) is not None:
-            tensors[f"momentum.{name}"] = momentum
-    tensors = {name: tensor.detach().cpu().contiguous().clone() for name, tensor in tensors.items()}
-    path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(f".{path.name}.{os.getpid()}")
-    try:
-        text = json.dumps({"run": run, "state": dataclasses.asdict(state)})
-        save_file(tensors, partial, metadata={"hf_unlearnable": text})
-        os.replace(partial, path)
-    finally:
-        partial.unlink(missing_ok=True)
-
-
-def _load(path: Path, run: dict[str, Any], model: nn.Module, optimizer: torch.optim.SGD) -> _State:
-    try:
-        with safe_open(path, "pt") as file:
-            kept = json.loads(file.metadata()["hf_unlearnable"])
-            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-    except (SafetensorError, KeyError, TypeError, ValueError) as error:
-        raise ValueError(
-            f"{path}: expected a checkpoint of a victim, got {error!r}; delete it to start anew"
-        ) from error
-    if kept["run"] != run:
-        there, here = _flat(kept["run"]), _flat(run)
-        keys = [key for key in {**there, **here} if there.get(key) != here.get(key)]
-        told = "; ".join(f"{key} is {there.get(key)!r} there and {here.get(key)!r} here" for key in keys)
-        raise ValueError(f"{path} is of another training: {told}")
-    model.load_state_dict({name[6:]: tensor for name, tensor in tensors.items() if name.startswith("model.")})
-    for name, weight in model.named_parameters():
-        if (momentum := tensors.get(f"momentum.{name}")) is not None:
-            optimizer.state[weight]["momentum_buffer"] = torch.empty_like(weight.detach()).copy_(momentum)
-    state = _State(**kept["state"])
-    state.curve = [Epoch(**point) for point in kept["state"]["curve"]]
-    return state
-
-
-def _flat(values: dict[str, Any]) -> dict[str, Any]:
-    inner = {f"{k}.{i}": v for k, value in values.items() if isinstance(value, dict) for i, v in value.items()}
-    return {**{key: value for key, value in values.items() if not isinstance(value, dict)}, **inner}
-
-
-def _hardware(accelerator: Accelerator) -> dict[str, Any]:
-    device = accelerator.device
-    if device.type == "cuda":
-        name = torch.cuda.get_device_name(device)
-    else:
-        lines: list[str] = []
-        with contextlib.suppress(OSError):
-            lines = Path("/proc/cpuinfo").read_text().splitlines()
-        name = next((line.split(":")[1].strip() for line in lines if line.startswith("model name")), platform.machine())
-    return {
-        "device": name,
-        "processes": accelerator.num_processes,
-        "threads": torch.get_num_threads(),
-        "precision": accelerator.mixed_precision,
-    }
-
-
-def _versions() -> dict[str, str]:
-    names = ("hf_unlearnable", "torch", "torchvision", "timm", "accelerate", "datasets", "pillow", "numpy")
-    return {"python": platform.python_version(), **{name: version(name) for name in names}}

@@ -35,7 +35,8 @@ from hf_unlearnable.batches import Batches
 from hf_unlearnable.defenses.base import Defense
 from hf_unlearnable.defenses.erm import Erm
 from hf_unlearnable.networks import SHORT_NAMES, create_network
-from hf_unlearnable.recipes import RECIPES, Recipe, Result, recipe, summary
+from hf_unlearnable.recipes import RECIPES, Recipe, recipe
+from hf_unlearnable.result import Result, summary
 from hf_unlearnable.victim import Unfinished, train
 
 DEFENSES: dict[str, type[Defense]] = {"erm": Erm}

@@ -10,7 +10,7 @@ import pytest
 PACKAGE = Path(__file__).parent.parent / "hf_unlearnable"
 
 L0 = {"keys", "images", "budget", "networks", "architectures", "columns", "options"}
-L1 = {"transform", "pgd", "augment", "batches", "demo", "sources"}
+L1 = {"transform", "pgd", "augment", "batches", "checkpoint", "demo", "sources"}
 SURROGATE = {"surrogate"}
 MAY_IMPORT: dict[str, set[str]] = {
     "keys": set(),
@@ -24,19 +24,22 @@ MAY_IMPORT: dict[str, set[str]] = {
     "pgd": {"budget", "images", "keys"},
     "augment": {"images", "keys"},
     "batches": {"images", "keys", "columns"},
+    "checkpoint": set(),
     "demo": {"keys"},
-    "sources": {"demo", "names"},
+    "sources": {"demo"},
     "surrogate": L0 | L1,
     "poisons": {"poisons", "surrogate"} | L0 | L1,
     "defenses": {"defenses"} | L0 | L1,
     "metrics": {"images", "budget"},
-    "recipes": {"sources"},
-    "victim": {"batches", "networks", "defenses", "keys", "recipes", "augment", "images"},
+    "recipes": set(),
+    "result": {"recipes"},
     "record": {"budget"},
+    "victim": {"result", "record", "recipes", "checkpoint", "defenses", "batches"}
+    | {"augment", "networks", "images", "keys"},
     "preview": {"images"},
     "card": {"record"},
     "protect": {"record", "card", "preview", "metrics", "poisons"} | L0 | L1,
-    "report": {"record", "victim", "recipes"},
+    "report": {"record", "result"},
 }
 
 

@@ -13,7 +13,7 @@ from accelerate.state import AcceleratorState
 from safetensors.torch import load_file
 
 from hf_unlearnable.networks import create_network
-from hf_unlearnable.recipes import Result
+from hf_unlearnable.result import Result
 
 from .conftest import ROOT, make_dataset, noise_pictures
 

@@ -16,6 +16,7 @@ import torch.nn.functional as F
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState
 from safetensors import safe_open
+from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from hf_unlearnable.augment import CropFlip, augment
@@ -23,8 +24,9 @@ from hf_unlearnable.batches import Batches
 from hf_unlearnable.defenses.base import Defense, describe
 from hf_unlearnable.defenses.erm import Erm
 from hf_unlearnable.keys import torch_generator
-from hf_unlearnable.recipes import RECIPES, Recipe, Result, recipe, summary
+from hf_unlearnable.recipes import RECIPES, Recipe, recipe
 from hf_unlearnable.report import curves
+from hf_unlearnable.result import Result, summary
 from hf_unlearnable.victim import Unfinished, evaluate, train
 
 QUICK = Recipe(name="quick", epochs=3, batch_size=16, learning_rate=0.05, schedule="cosine")
@@ -336,8 +338,12 @@ def test_a_checkpoint_of_another_training_is_refused(accelerator: Accelerator, t
     for message, changes in others.items():
         with pytest.raises(ValueError, match=f"of another training: {message}"):
             run(accelerator, checkpoint=file, **changes)
-    file.write_bytes(file.read_bytes()[:-9])
-    with pytest.raises(ValueError, match="expected a checkpoint of a victim"):
+    whole = file.read_bytes()
+    save_file({}, file, metadata={"hf_unlearnable": "{}"})
+    with pytest.raises(ValueError, match="expected a checkpoint of a training"):
+        run(accelerator, checkpoint=file)
+    file.write_bytes(whole[:-9])
+    with pytest.raises(ValueError, match="expected a checkpoint of a training"):
         run(accelerator, checkpoint=file)
     file.write_bytes(b"something else")
     with pytest.raises(ValueError, match="delete it to start anew"):

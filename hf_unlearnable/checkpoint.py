@@ -1,0 +1,115 @@
+"""Stopping a training, and going on with it.
+
+A checkpoint is one safetensors file, written whole or not at all: the weights ("model." before their names), SGD's
+momentum ("momentum."), and as JSON in the metadata `run` (what the training is: of another one nothing is loaded) and
+`state` (what else it has to remember, such as its step).
+"""
+
+import hashlib
+import json
+import os
+import signal
+import threading
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import nn
+
+
+def save_checkpoint(
+    path: str | Path,
+    *,
+    run: dict[str, Any],
+    state: dict[str, Any],
+    model: nn.Module,
+    optimizer: torch.optim.SGD,
+) -> None:
+    """Write a checkpoint in place of the one before.
+
+    Args:
+        run, state: what JSON gives back as it was: lists but no tuples, strings as keys.
+    """
+    path = Path(path)
+    tensors = {f"model.{name}": tensor for name, tensor in model.state_dict().items()}
+    for name, weight in model.named_parameters():
+        if (momentum := optimizer.state.get(weight, {}).get("momentum_buffer")) is not None:
+            tensors[f"momentum.{name}"] = momentum
+    tensors = {name: tensor.detach().cpu().contiguous().clone() for name, tensor in tensors.items()}
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial = path.with_name(f".{path.name}.{os.getpid()}")
+    try:
+        text = json.dumps({"run": run, "state": state})
+        save_file(tensors, partial, metadata={"hf_unlearnable": text})
+        os.replace(partial, path)
+    finally:
+        partial.unlink(missing_ok=True)
+
+
+def load_checkpoint(
+    path: str | Path, *, run: dict[str, Any], model: nn.Module, optimizer: torch.optim.SGD
+) -> dict[str, Any]:
+    """Put weights and momentum back into `model` and `optimizer`, and return the state.
+
+    Raises:
+        FileNotFoundError: there is none.
+        ValueError: not a checkpoint, or one of another run (names what differs); nothing was changed.
+    """
+    try:
+        with safe_open(path, "pt") as file:
+            kept = json.loads(file.metadata()["hf_unlearnable"])
+            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+        there, state = kept["run"], kept["state"]
+    except (SafetensorError, KeyError, TypeError, ValueError) as error:
+        raise ValueError(
+            f"{path}: expected a checkpoint of a training, got {error!r}; delete it to start anew"
+        ) from error
+    if there != run:
+        there, here = _flat(there), _flat(run)
+        keys = [key for key in {**there, **here} if there.get(key) != here.get(key)]
+        told = "; ".join(f"{key} is {there.get(key)!r} there and {here.get(key)!r} here" for key in keys)
+        raise ValueError(f"{path} is of another training: {told}")
+    model.load_state_dict({name[6:]: tensor for name, tensor in tensors.items() if name.startswith("model.")})
+    for name, weight in model.named_parameters():
+        if (momentum := tensors.get(f"momentum.{name}")) is not None:
+            optimizer.state[weight]["momentum_buffer"] = torch.empty_like(weight.detach()).copy_(momentum)
+    return state
+
+
+def weights_digest(model: nn.Module) -> str:
+    """SHA-256 of names, types, shapes and values of all parameters and buffers."""
+    state = hashlib.sha256()
+    for name, tensor in sorted(model.state_dict().items()):
+        state.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
+        state.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy())
+    return state.hexdigest()
+
+
+class Interrupts:
+    """Ctrl-C and SIGTERM become a wish (`asked`) to stop after the step under way; a second Ctrl-C stops at once."""
+
+    def __init__(self) -> None:
+        self.asked, self._when, self._before = False, 0.0, {}
+
+    def _note(self, number: int, frame: Any) -> None:
+        if self.asked and number == signal.SIGINT and time.monotonic() - self._when > 1:
+            raise KeyboardInterrupt
+        if not self.asked:
+            self.asked, self._when = True, time.monotonic()
+
+    def __enter__(self) -> "Interrupts":
+        if threading.current_thread() is threading.main_thread():
+            self._before = {n: signal.signal(n, self._note) for n in (signal.SIGINT, signal.SIGTERM)}
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        for number, handler in self._before.items():
+            signal.signal(number, handler)
+
+
+def _flat(values: dict[str, Any]) -> dict[str, Any]:
+    inner = {f"{k}.{i}": v for k, value in values.items() if isinstance(value, dict) for i, v in value.items()}
+    return {**{key: value for key, value in values.items() if not isinstance(value, dict)}, **inner}
