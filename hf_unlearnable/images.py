@@ -83,7 +83,10 @@ def _threads(pid: int) -> ThreadPoolExecutor:
 def _threaded(function: Any, items: Sequence[Any]) -> list[Any]:
     if len(items) < 8 or in_worker_process():
         return [function(item) for item in items]
-    return list(_threads(os.getpid()).map(function, items, chunksize=max(1, len(items) // 64)))
+    pool = _threads(os.getpid())
+    size = -(-len(items) // (4 * pool._max_workers))
+    parts = [items[start : start + size] for start in range(0, len(items), size)]
+    return [result for part in pool.map(lambda part: [function(item) for item in part], parts) for result in part]
 
 
 def _bytes_of(value: dict[str, Any], where: str) -> bytes:

@@ -2,7 +2,7 @@
 
 import hashlib
 import json
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any, ClassVar, TypeVar, cast
@@ -28,6 +28,8 @@ from hf_unlearnable.images import (
 
 D = TypeVar("D", Dataset, DatasetDict, IterableDataset)
 _CHECK_COLUMN = "__stored_digest__"
+VALUES_AT_ONCE = {"cpu": 1_000_000}
+"""Values of pictures that are changed together: on a CPU as many as its caches hold, on an accelerator many more."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -261,7 +263,7 @@ class Transform:
         sizes: dict[torch.Size, list[int]] = {}
         for row in np.flatnonzero(mask).tolist():
             sizes.setdefault(pictures[row].pixels.shape, []).append(row)
-        for rows in sizes.values():
+        for rows in _bounded(sizes, VALUES_AT_ONCE.get(torch.device(self.device).type, 100_000_000)):
             pixels = torch.stack([pictures[row].pixels for row in rows]).to(self.device)
             y = None if labels is None else torch.tensor([labels[row] for row in rows], device=self.device)
             with torch.no_grad():
@@ -269,6 +271,14 @@ class Transform:
             for position, row in enumerate(rows):
                 changed[row] = Picture(new[position], pictures[row].alpha)
         return changed
+
+
+def _bounded(sizes: dict[torch.Size, list[int]], values: int) -> Iterator[list[int]]:
+    """Rows of one size, in parts of so many values."""
+    for shape, rows in sizes.items():
+        few = max(1, values // shape.numel())
+        for start in range(0, len(rows), few):
+            yield rows[start : start + few]
 
 
 @dataclass(frozen=True)

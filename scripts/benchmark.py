@@ -35,6 +35,7 @@ from hf_unlearnable.images import decode_many
 from hf_unlearnable.keys import numpy_generator
 from hf_unlearnable.poisons.base import Draws
 from hf_unlearnable.record import versions
+from hf_unlearnable.transform import VALUES_AT_ONCE
 
 SEED = 7
 
@@ -187,17 +188,21 @@ def benchmark_map(source: Dataset, name: str, rounds: int) -> dict[str, Any]:
         result["CUDA map by container"][container]["bytes_over_raw"] = statistics.mean(stored) / (
             3 * common[1] * common[2]
         )
+    part = max(1, VALUES_AT_ONCE["cpu"] // (3 * common[1] * common[2]))
     pixels = torch.stack([pictures[i].pixels for i in kept])
     labels = torch.tensor(source[label])
     x = pixels.float() / 255
     result["arithmetic alone"] = compare(
         {
-            "CUDA batch": lambda: poison.perturb(x, labels, Draws(SEED, "cuda", pixels)),
+            "CUDA batches": lambda: [
+                poison.perturb(x[s : s + part], labels[s : s + part], Draws(SEED, "cuda", pixels[s : s + part]))
+                for s in range(0, count, part)
+            ],
             "one convolution a picture": lambda: [
                 loop.tensor(a, b) for a, b in zip(x[:few], labels[:few].tolist(), strict=True)
             ],
         },
-        {"CUDA batch": count, "one convolution a picture": few},
+        {"CUDA batches": count, "one convolution a picture": few},
         rounds,
     )
     result["peak memory, MiB, by rows"] = {str(n): peak_memory(plain, poison, n) for n in (count, 4 * count)}

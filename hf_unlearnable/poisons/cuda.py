@@ -16,8 +16,6 @@ from hf_unlearnable.poisons.base import Draws, Poison
 
 _SMALL = 96
 _BLOCK = 8
-_CACHED = 32768
-"""Values that stay in a core's cache, and fewer than torch spreads over threads."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -88,12 +86,13 @@ class CudaPoison(Poison):
             which = y
         top = 1 << int(which.max()).bit_length()
         weights = _whole(self.filters(top, kernel_size=k, blur=blur), blur)
-        levels = x.mul(255).round_()
-        blurred = torch.empty_like(levels)
+        poisoned = torch.empty_like(x)
         for label in which.unique().tolist():
-            rows = which == label
-            blurred[rows] = _correlate(levels[rows], weights[label])
-        return blurred / blurred.amax(dim=(1, 2, 3), keepdim=True).clamp_min(1)
+            rows = (which == label).nonzero().flatten()
+            blurred = _correlate(x.index_select(0, rows), weights[label])
+            largest = blurred.amax(dim=(1, 2, 3), keepdim=True).clamp_min_(1)
+            poisoned.index_copy_(0, rows, blurred / largest)
+        return poisoned
 
 
 @lru_cache(maxsize=32)
@@ -119,42 +118,52 @@ def _whole(filters: Float[Tensor, "n k k"], blur: float) -> Float[Tensor, "n k k
     return filters.mul(2.0**bits).round_().to(torch.float32)
 
 
-def _correlate(levels: Images, kernel: Float[Tensor, "k k"]) -> Images:
-    """Zero-padded cross-correlation of whole numbers with a filter of whole numbers, exact in float32."""
-    if levels.device.type != "cpu":
-        return _correlate_by_shifts(levels, kernel)
-    if len(kernel) > 3:
-        return _correlate_by_blocks(levels, kernel)
-    few = max(1, _CACHED // levels[0].numel())
-    return torch.cat([_correlate_by_shifts(part, kernel) for part in levels.split(few)])
+def _correlate(x: Images, kernel: Float[Tensor, "k k"]) -> Images:
+    """Zero-padded cross-correlation of the levels round(255 x) with a filter of whole numbers, exact in float32."""
+    by_blocks = x.device.type == "cpu" and len(kernel) > 3
+    return (_correlate_by_blocks if by_blocks else _correlate_by_shifts)(x, kernel)
 
 
-def _correlate_by_shifts(levels: Images, kernel: Float[Tensor, "k k"]) -> Images:
+def _correlate_by_shifts(x: Images, kernel: Float[Tensor, "k k"]) -> Images:
+    """One multiply-add of long vectors for each weight.
+
+    All rows of all planes stand in one vector, `pad` zeros after each row and `pad` rows of zeros before each plane, so
+    that a shift of a picture is a shift of the vector.
+    """
     k = len(kernel)
-    height, width = levels.shape[2:]
-    padded = F.pad(levels, (k // 2,) * 4)
-    total = torch.zeros_like(levels)
-    for row, weights in enumerate(kernel.tolist()):
-        for column, weight in enumerate(weights):
-            total.add_(padded[:, :, row : row + height, column : column + width], alpha=weight)
-    return total
+    pad = k // 2
+    count, _, height, width = x.shape
+    stride = width + pad
+    margin = pad * stride + pad
+    size = count * 3 * (height + pad) * stride
+    vector = x.new_zeros(size + 2 * margin)
+    grid = vector[margin : margin + size].view(count, 3, height + pad, stride)
+    grid[:, :, pad:, :width] = x
+    vector.mul_(255).round_()
+    weights = kernel.flatten().tolist()
+    total = vector[:size] * weights[0]
+    for place, weight in enumerate(weights[1:], start=1):
+        row, column = divmod(place, k)
+        start = row * stride + column
+        total.add_(vector[start : start + size], alpha=weight)
+    return total.view(grid.shape)[:, :, pad:, :width]
 
 
-def _correlate_by_blocks(levels: Images, kernel: Float[Tensor, "k k"]) -> Images:
+def _correlate_by_blocks(x: Images, kernel: Float[Tensor, "k k"]) -> Images:
     """Blocks of neighbouring columns become channels: one dense convolution, several times faster than a depthwise one.
 
     A block of `size` outputs needs the inputs of its own block and the next (the picture is shifted by the padding).
     """
     k = len(kernel)
-    count, _, height, width = levels.shape
+    count, _, height, width = x.shape
     size = max(_BLOCK, -(-(k - 1) // _BLOCK) * _BLOCK)
     blocks = -(-width // size) + 1
-    dense = levels.new_zeros(size, size, k, 2)
+    dense = x.new_zeros(size, size, k, 2)
     for output in range(size):
         for column in range(k):
             block, channel = divmod(output + column, size)
             dense[output, channel, :, block] = kernel[:, column]
-    padded = F.pad(levels, (k // 2, blocks * size - width - k // 2, k // 2, k // 2))
+    padded = F.pad(x.mul(255).round_(), (k // 2, blocks * size - width - k // 2, k // 2, k // 2))
     columns = padded.view(count * 3, height + k - 1, blocks, size).permute(0, 3, 1, 2).contiguous()
     total = F.conv2d(columns, dense).permute(0, 2, 3, 1)
     return total.reshape(count, 3, height, -1)[..., :width]
