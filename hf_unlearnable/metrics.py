@@ -2,6 +2,7 @@
 
 import math
 from dataclasses import dataclass, field
+from functools import lru_cache
 from typing import Any
 
 import numpy as np
@@ -48,16 +49,18 @@ def ssim(clean: Pixels, poisoned: Pixels) -> Float[Tensor, "b"]:
 
 
 def _smooth(x: Float[Tensor, "b c h w"]) -> Float[Tensor, "b c h2 w2"]:
+    return _bands(x.shape[2]).T @ (x @ _bands(x.shape[3]))
+
+
+@lru_cache(maxsize=64)
+def _bands(length: int) -> Float[Tensor, "n m"]:
+    """The matrix whose columns are the window at every place where it fits."""
     offsets = torch.arange(SSIM_WINDOW) - SSIM_WINDOW // 2
     window = torch.exp(-offsets.square() / (2 * 1.5**2))
-    window /= window.sum()
-    for axis in (2, 3):
-        length = x.shape[axis] - SSIM_WINDOW + 1
-        total = x.narrow(axis, 0, length) * window[0].item()
-        for shift, weight in enumerate(window[1:].tolist(), start=1):
-            total.add_(x.narrow(axis, shift, length), alpha=weight)
-        x = total
-    return x
+    bands = torch.zeros(length, length - SSIM_WINDOW + 1)
+    for place in range(bands.shape[1]):
+        bands[place : place + SSIM_WINDOW, place] = window / window.sum()
+    return bands
 
 
 @dataclass

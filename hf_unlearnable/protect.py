@@ -125,7 +125,7 @@ def _measure(
 ) -> Record:
     """Read the published files again, beside the source."""
     image = columns.image_column(clean.features, poison.image_column)
-    label = columns.label_column(clean.features, poison.label_column) if poison.needs_labels else None
+    label = _label_column(clean, poison)
     names = columns.class_names(clean.features, label) if label else None
     wanted = _preview_rows(clean, label)
     plain = clean.with_format("arrow").cast_column(image, Image(decode=False))
@@ -147,7 +147,7 @@ def _measure(
         _update(report, poison, old, new, rows)
         for row in wanted.intersection(rows):
             value = before[label][row - start].as_py() if label else None
-            name = names[value] if names and value is not None else f"class {value}" if label else ""
+            name = names[value] if names and value is not None and value >= 0 else f"class {value}" if label else ""
             pairs[row] = preview.Pair(row, name, old[row - start], new[row - start])
         start += len(table)
         bar.update(len(table))
@@ -179,6 +179,16 @@ def _measure(
         },
         pixels=pixels,
     )
+
+
+def _label_column(dataset: Dataset, poison: Poison) -> str | None:
+    """The label column; where the poison needs none, None if it cannot be told."""
+    try:
+        return columns.label_column(dataset.features, poison.label_column)
+    except ValueError:
+        if poison.needs_labels:
+            raise
+        return None
 
 
 def _describe_key(poison: Poison, record_seed: bool) -> dict[str, Any]:
