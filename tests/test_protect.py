@@ -133,12 +133,20 @@ def test_ctrl_c_in_the_middle(tmp_path: Path) -> None:
     make_dataset(noise_pictures(rows, 64, 64), [i % 4 for i in range(rows)]).to_parquet(tmp_path / "in.parquet")
     command = [sys.executable, str(ROOT / "scripts" / "protect.py"), "--dataset", str(tmp_path / "in.parquet")]
     command += ["--poison", "cuda", "--seed", "7", "--output", str(tmp_path / "out"), "--batch-size", "20"]
-    process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-    deadline = time.monotonic() + 100
-    while not list(tmp_path.glob(".out.partial/cache/*")) and time.monotonic() < deadline:
-        time.sleep(0.05)
-    process.send_signal(signal.SIGINT)
-    assert process.wait(timeout=60) != 0
+    with subprocess.Popen(
+        command,
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),  # a background job is born deaf to it
+    ) as process:
+        deadline = time.monotonic() + 100
+        while not list(tmp_path.glob(".out.partial/cache/*")) and time.monotonic() < deadline:
+            time.sleep(0.05)
+        process.send_signal(signal.SIGINT)
+        try:
+            assert process.wait(timeout=60) != 0
+        finally:
+            process.kill()
     assert not (tmp_path / "out").exists()
 
 
