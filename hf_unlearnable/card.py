@@ -6,7 +6,11 @@ from hf_unlearnable.record import Record
 
 
 def stub(record: Record) -> str:
-    """A README.md that lets `load_dataset` read the folder and says what is known so far, and what is not measured."""
+    """A README.md that says what is known so far, and what is not measured.
+
+    It has no front matter: with `configs` in it, `load_dataset` caches a local folder by its name alone, and would show
+    the pictures of an older folder of the same name.
+    """
     split = record.source["split"]
     pixels = record.pixels
     settings = "\n".join(f"- {name}: `{json.dumps(value)}`" for name, value in record.settings.items())
@@ -20,15 +24,7 @@ def stub(record: Record) -> str:
         for name, spread in pixels.items()
         if isinstance(spread, dict) and "mean" in spread
     )
-    return f"""---
-configs:
-- config_name: default
-  data_files:
-  - split: {split}
-    path: data/{split}-*
----
-
-# {record.source["dataset"]}, protected with `{record.method}`
+    return f"""# {record.source["dataset"]}, protected with `{record.method}`
 
 **What a trainer still learns from it: not measured.** Until `results` in `record.json` holds an evaluation, nothing is
 claimed about how well this dataset resists training.

@@ -1,9 +1,12 @@
 """Where data come from: a Hub id, a folder or file on disk, or pictures that the project makes."""
 
+import hashlib
+import os
 from collections.abc import Iterable
 from difflib import get_close_matches
 from pathlib import Path
 
+import datasets
 from datasets import Dataset, DatasetDict, load_dataset, load_from_disk
 from datasets.exceptions import DatasetNotFoundError
 
@@ -55,8 +58,19 @@ def _load(source: str, config: str | None) -> Dataset | DatasetDict:
     if path.is_file():
         if path.suffix != ".parquet":
             raise ValueError(f"expected a folder or a .parquet file, got {source}")
-        return _as_dict(load_dataset("parquet", data_files=source))
-    return _as_dict(load_dataset(source, config))
+        return _as_dict(load_dataset("parquet", data_files=source, cache_dir=_cache_of(path)))
+    return _as_dict(load_dataset(source, config, cache_dir=_cache_of(path)))
+
+
+def _cache_of(path: Path) -> str:
+    """A cache folder for exactly these files: `datasets` may tell local folders apart by their names alone."""
+    state = hashlib.sha256(str(path.resolve()).encode())
+    for folder, subfolders, names in os.walk(path) if path.is_dir() else [(path.parent, [], [path.name])]:
+        subfolders.sort()
+        for name in sorted(names):
+            found = os.stat(os.path.join(folder, name))
+            state.update(f"{folder}/{name} {found.st_size} {found.st_mtime_ns}\n".encode())
+    return os.path.join(datasets.config.HF_DATASETS_CACHE, "hf_unlearnable", state.hexdigest()[:32])
 
 
 def _as_dict(found: object) -> DatasetDict:

@@ -95,6 +95,16 @@ def test_a_path_is_not_recorded_whole(small: Dataset, tmp_path: Path) -> None:
     assert str(tmp_path).encode() not in everything_written(tmp_path / "out")
 
 
+def test_folders_of_one_name_are_not_mistaken_for_each_other(small: Dataset, tmp_path: Path) -> None:
+    for seed, folder in ((7, "a"), (8, "b")):
+        protect(small, CudaPoison(seed=seed), tmp_path / folder / "out", source="small", progress=False)
+        found = load_dataset(str(tmp_path / folder / "out"), split="train", cache_dir=str(tmp_path / "cache"))
+        assert np.array_equal(pixels(found), pixels(CudaPoison(seed=seed).apply(small)))
+    protect(small, CudaPoison(seed=9), tmp_path / "a" / "out", source="small", progress=False, overwrite=True)
+    found = load_dataset(str(tmp_path / "a" / "out"), split="train", cache_dir=str(tmp_path / "cache"))
+    assert np.array_equal(pixels(found), pixels(CudaPoison(seed=9).apply(small)))
+
+
 def test_an_existing_output_is_refused_then_replaced_whole(small: Dataset, tmp_path: Path) -> None:
     protect(small, CudaPoison(seed=7), tmp_path / "out", source="small", progress=False)
     before = everything_written(tmp_path / "out")

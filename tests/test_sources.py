@@ -33,6 +33,19 @@ def test_parquet_and_save_to_disk(small: Dataset, tmp_path: Path) -> None:
         assert np.array_equal(pixels(found), pixels(small)[:rows])
 
 
+@pytest.mark.parametrize("readme", ["", "---\nconfigs:\n- config_name: default\n  data_files: data/train-*\n---\n"])
+def test_a_folder_that_changed_is_read_anew(tmp_path: Path, readme: str) -> None:
+    from tests.conftest import make_dataset
+
+    for seed, folder in enumerate(("a/out", "b/out", "a/out")):
+        data = tmp_path / folder / "data"
+        data.mkdir(parents=True, exist_ok=True)
+        (tmp_path / folder / "README.md").write_text(readme)
+        pictures = noise_pictures(4, seed=seed)
+        make_dataset(pictures, [0, 1, 2, 3]).to_parquet(data / "train-00000-of-00001.parquet")
+        assert np.array_equal(pixels(sources.load_split(tmp_path / folder)), pictures)
+
+
 def test_the_demo_repeats_and_is_balanced() -> None:
     a, b = (demo.shapes(train_rows=20, test_rows=10)["train"] for _ in range(2))
     assert np.array_equal(pixels(a, "image"), pixels(b, "image"))
