@@ -53,6 +53,44 @@ class Budget:
         mask = torch.zeros_like(sizes).scatter_(1, sizes.topk(keep, dim=1).indices, 1)
         return delta * mask.view(delta.shape[0], 1, *delta.shape[2:])
 
+    def direction(self, gradient: Float[Tensor, "b c h w"]) -> Float[Tensor, "b c h w"]:
+        """Every row's steepest ascent of length 1 in this norm: sign(g) for "linf", g / ||g|| for "l2".
+
+        Rows of zeros stay zeros, and "l2" neither under- nor overflows on gradients of extreme size.
+
+        Raises:
+            ValueError: the norm is "l0", which has none.
+        """
+        if self.norm == "linf":
+            return gradient.sign()
+        if self.norm == "l2":
+            tiny = torch.finfo(gradient.dtype).tiny
+            scaled = gradient / gradient.flatten(1).abs().amax(1).clamp_min(tiny)[:, None, None, None]
+            return scaled / self.distance(scaled).clamp_min(tiny)[:, None, None, None]
+        raise ValueError('steepest ascent is defined for "linf" and "l2", got "l0"')
+
+    def inside(self, uniform: Float[Tensor, "b c h w"], radius: Float[Tensor, "b"]) -> Float[Tensor, "b c h w"]:
+        """Random deltas inside the budget from uniform numbers in [0, 1).
+
+        "linf": (2u - 1) * epsilon, uniform in the ball. "l2": a direction uniform on the sphere (from the normal
+        quantiles of u) times radius * epsilon: uniform in its length, not in the volume. "linf" leaves `radius` unused.
+
+        Raises:
+            ValueError: the norm is "l0".
+        """
+        if self.norm == "linf":
+            return (2 * uniform - 1) * self.epsilon
+        if self.norm == "l2":
+            return self.direction(normal_quantiles(uniform)) * (radius * self.epsilon)[:, None, None, None]
+        raise ValueError('random deltas are defined for "linf" and "l2", got "l0"')
+
+    def whole(self) -> "Budget":
+        """The budget that published pixels are held to: "linf" rounded down to whole 255ths, as `check` counts them.
+
+        A delta inside it, added to pixels of whole 255ths, is still inside after rounding to the nearest.
+        """
+        return Budget("linf", math.floor(self.epsilon * 255 + 1e-6) / 255) if self.norm == "linf" else self
+
     def check(self, clean: Pixels, poisoned: Pixels, where: Sequence[str] | None = None) -> None:
         """That published uint8 pixels keep the budget, in whole 255ths for "linf".
 
@@ -82,3 +120,8 @@ class Budget:
                 f"{first}: expected {self.norm} of at most {allowed:g}{unit}, "
                 f"got {found[over[0]].item():g}{unit} ({len(over)} of {len(found)} rows exceed it)"
             )
+
+
+def normal_quantiles(uniform: Float[Tensor, "*shape"]) -> Float[Tensor, "*shape"]:
+    """Standard normal numbers from uniform ones in [0, 1); never infinite (at most 5.5 in size)."""
+    return torch.special.ndtri(uniform.clamp(2**-25, 1 - 2**-24))

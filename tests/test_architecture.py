@@ -21,7 +21,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "networks": {"architectures"},
     "budget": {"images"},
     "transform": {"images", "columns"},
-    "pgd": {"budget", "images", "keys"},
+    "pgd": {"augment", "budget", "networks"},
     "augment": {"images", "keys"},
     "batches": {"images", "keys", "columns"},
     "checkpoint": set(),

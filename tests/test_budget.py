@@ -4,6 +4,7 @@ import pytest
 import torch
 
 from hf_unlearnable import Budget
+from hf_unlearnable.budget import normal_quantiles
 
 DELTA = torch.linspace(-0.2, 0.2, 4 * 3 * 5 * 7).view(4, 3, 5, 7)[torch.tensor([2, 0, 3, 1])]
 
@@ -93,3 +94,59 @@ def test_unknown_norm() -> None:
     object.__setattr__(budget, "norm", "max")
     with pytest.raises(ValueError, match='"linf", "l2", "l0", got \'max\''):
         budget.__post_init__()
+
+
+@pytest.mark.parametrize("norm", ["linf", "l2"])
+@pytest.mark.parametrize("scale", [1.0, 1e-36, 1e36])
+def test_direction_is_the_steepest_ascent(norm: str, scale: float) -> None:
+    gradient = DELTA.clone()
+    gradient[:, 0, 0, 0] = 0
+    direction = Budget(norm, 1).direction(gradient * scale)
+    if norm == "linf":
+        assert torch.equal(direction, gradient.sign())
+    else:
+        for row, g in zip(direction, gradient.double(), strict=True):
+            assert torch.allclose(row.double(), g / g.square().sum().sqrt(), atol=1e-6)
+    for other in torch.randn(20, *DELTA.shape, generator=torch.Generator().manual_seed(0)):
+        rival = other / Budget(norm, 1).distance(other)[:, None, None, None]
+        assert ((rival * gradient).flatten(1).sum(1) < (direction * gradient).flatten(1).sum(1)).all()
+    assert (Budget(norm, 1).direction(torch.zeros_like(DELTA)) == 0).all()
+    assert torch.equal(Budget(norm, 1).direction(gradient[2:3]), Budget(norm, 1).direction(gradient)[2:3])
+
+
+@pytest.mark.parametrize(("norm", "epsilon"), [("linf", 8 / 255), ("l2", 0.7)])
+def test_uniform_numbers_become_deltas_inside(norm: str, epsilon: float) -> None:
+    uniform = torch.rand(500, 3, 5, 7, generator=torch.Generator().manual_seed(0))
+    uniform[0, 0, 0, :3] = torch.tensor([0.0, 0.5, 1 - 2**-24])
+    radius = torch.linspace(0, 1, 500)
+    budget = Budget(norm, epsilon)
+    delta = budget.inside(uniform, radius)
+    assert delta.isfinite().all()
+    if norm == "linf":
+        assert torch.allclose(delta, (2 * uniform - 1) * epsilon)
+        assert delta.abs().max() <= torch.tensor(epsilon)
+    else:
+        assert torch.allclose(budget.distance(delta), radius * epsilon, atol=1e-6)
+        moments = budget.direction(delta[1:]).square().mean(0) * 105  # 1 for every value of a uniform direction
+        assert (moments - 1).abs().max() < 0.35
+    assert delta.mean().abs() < epsilon / 100
+
+
+def test_l0_has_neither_direction_nor_random_deltas() -> None:
+    with pytest.raises(ValueError, match='got "l0"'):
+        Budget("l0", 1).direction(DELTA)
+    with pytest.raises(ValueError, match='got "l0"'):
+        Budget("l0", 1).inside(DELTA, DELTA[:, 0, 0, 0])
+
+
+@pytest.mark.parametrize(
+    ("epsilon", "levels"), [(8 / 255, 8), (0.0314, 8), (0.03, 7), (0.9 / 255, 0), (1, 255), (8 / 255 - 1e-9, 8)]
+)
+def test_whole_levels(epsilon: float, levels: int) -> None:
+    assert Budget("linf", epsilon).whole() == Budget("linf", levels / 255)
+    assert Budget("l2", epsilon).whole() == Budget("l2", epsilon)
+
+
+def test_normal_quantiles() -> None:
+    found = normal_quantiles(torch.tensor([0.0, 0.025, 0.5, 0.975, 1.0]))
+    assert found.tolist() == pytest.approx([-5.42, -1.96, 0, 1.96, 5.29], abs=0.005)
