@@ -6,8 +6,8 @@ from collections.abc import Iterable
 from difflib import get_close_matches
 from pathlib import Path
 
-import datasets
 from datasets import Dataset, DatasetDict, load_dataset, load_from_disk
+from datasets.config import HF_DATASETS_CACHE
 from datasets.exceptions import DatasetNotFoundError
 
 from hf_unlearnable import demo
@@ -45,7 +45,7 @@ def _load(source: str, config: str | None) -> Dataset | DatasetDict:
         return demo.shapes()
     path = Path(source)
     if not path.exists():
-        if source.startswith((".", "/", "~")) or source.count("/") > 1 or path.suffix:
+        if source.startswith((".", "/", "~")) or source.count("/") > 1 or path.suffix == ".parquet":
             raise FileNotFoundError(f"there is no {source}")
         try:
             return _as_dict(load_dataset(source, config))
@@ -70,7 +70,7 @@ def _cache_of(path: Path) -> str:
         for name in sorted(names):
             found = os.stat(os.path.join(folder, name))
             state.update(f"{folder}/{name} {found.st_size} {found.st_mtime_ns}\n".encode())
-    return os.path.join(datasets.config.HF_DATASETS_CACHE, "hf_unlearnable", state.hexdigest()[:32])
+    return os.path.join(HF_DATASETS_CACHE, "hf_unlearnable", state.hexdigest()[:32])
 
 
 def _as_dict(found: object) -> DatasetDict:
