@@ -8,7 +8,7 @@ from hf_unlearnable.record import Record
 def stub(record: Record) -> str:
     """A README.md that says what is known so far, and what is not measured.
 
-    It has no front matter: with `configs` in it, `load_dataset` caches a local folder by its name alone, and would show
+    Its front matter has no `configs`: with them, `load_dataset` caches a local folder by its name alone, and would show
     the pictures of an older folder of the same name.
     """
     split = record.source["split"]
@@ -24,7 +24,12 @@ def stub(record: Record) -> str:
         for name, spread in pixels.items()
         if isinstance(spread, dict) and "mean" in spread
     )
-    return f"""# {record.source["dataset"]}, protected with `{record.method}`
+    return f"""---
+tags:
+- hf_unlearnable
+---
+
+# {record.source["dataset"]}, protected with `{record.method}`
 
 **What a trainer still learns from it: not measured.** Until `results` in `record.json` holds an evaluation, nothing is
 claimed about how well this dataset resists training.
