@@ -34,6 +34,15 @@ def image_column(features: Mapping[str, Any], given: str | None = None) -> str:
     raise ValueError(f"expected one picture column, got {images}: choose with image_column=...")
 
 
+def holds_pictures(feature: Any) -> bool:
+    """Whether a feature is or contains pictures."""
+    if isinstance(feature, Mapping):
+        return any(holds_pictures(inner) for inner in feature.values())
+    if isinstance(feature, list | tuple):
+        return any(holds_pictures(inner) for inner in feature)
+    return isinstance(feature, Image) or (hasattr(feature, "feature") and holds_pictures(feature.feature))
+
+
 def _is_integer(feature: Any) -> bool:
     return isinstance(feature, Value) and feature.dtype.startswith(("int", "uint"))
 
@@ -61,7 +70,8 @@ def label_column(features: Mapping[str, Any], given: str | None = None) -> str:
     if not labels:
         raise ValueError(
             f"no label column (ClassLabel, or integers named one of {LABEL_NAMES}) among {dict(features)}: "
-            "choose one with label_column=... after ds.class_encode_column(...)"
+            "choose one with label_column=... after ds.class_encode_column(...). A folder of pictures has labels "
+            "only if it has several class folders"
         )
     raise ValueError(f"expected one label column, got {labels}: choose with label_column=...")
 
@@ -123,11 +133,11 @@ def check_labels(column: Any, names: Sequence[str] | None, name: str) -> None:
         position += len(values)
 
 
-def check_label(value: Any, where: str, column: str) -> int:
+def check_label(value: Any, where: str, column: str, classes: int | None = None) -> int:
     """The label of one row as a plain int.
 
     Raises:
-        ValueError: None, negative, or no integer; begins with `where`.
+        ValueError: None, negative, no integer, or not below `classes`; begins with `where`.
     """
     if isinstance(value, Tensor | np.generic):
         value = value.item()
@@ -135,6 +145,8 @@ def check_label(value: Any, where: str, column: str) -> int:
         raise ValueError(f"{where}: expected a class (an integer, 0 or more) in column {column!r}, got {value!r}")
     if value < 0:
         raise ValueError(f"{where}: expected a class (0 or more) in column {column!r}, got {value}")
+    if classes is not None and value >= classes:
+        raise ValueError(f"{where}: expected one of {classes} classes in column {column!r}, got {value}")
     return value
 
 

@@ -165,11 +165,11 @@ def _encode_png_bytes(pixels: Tensor, compress_level: int) -> bytes | None:
 
 
 def _decode_plain(data: bytes) -> Tensor | None:
-    """The faster decoder, for JPEGs of three channels without EXIF; None for everything else.
+    """The faster decoder, for JPEGs of three channels that no EXIF or XMP rotates; None for everything else.
 
     Not for PNG: torchvision's decoder ends the process on some damaged files.
     """
-    if data[:3] != b"\xff\xd8\xff" or b"Exif\0\0" in data[:65536] or not _jpeg_decoders_agree():
+    if data[:3] != b"\xff\xd8\xff" or b"Exif\0\0" in data or b"Orientation" in data or not _jpeg_decoders_agree():
         return None
     pixels = _decode_jpeg_bytes(data)
     return pixels if pixels is not None and pixels.shape[0] == 3 else None
@@ -182,6 +182,8 @@ def _from_pil(picture: PIL.Image.Image, where: str) -> Picture:
         picture = PIL.ImageOps.exif_transpose(picture)
         mode = picture.mode
         if mode in ("I;16", "I;16L", "I;16B", "I;16N") or mode == "I":
+            if picture.has_transparency_data:
+                raise ValueError(f"{where}: expected 8 bits a channel where there is transparency, got 16")
             wide = np.asarray(picture).astype(np.int64)
             if wide.size and (wide.min() < 0 or wide.max() > 65535):
                 raise ValueError(f"{where}: expected 8 or 16 bits a channel, got values outside 0 to 65535")
@@ -225,8 +227,9 @@ def _from_array(array: Any, where: str, *, channels_first: bool = False) -> Pict
 def decode(value: Any, *, where: str = "picture") -> Picture:
     """A picture from what `datasets` hands over: PIL, bytes, {"bytes", "path"}, a uint8 array (HWC) or tensor (CHW).
 
-    EXIF rotation is applied. Grayscale, palette, CMYK and other colour modes become RGB; 16 bits a channel become 8
-    (value / 257, rounded); transparency is kept apart as `alpha`.
+    EXIF rotation is applied. Grayscale, palette, CMYK and other colour modes become RGB; 16-bit grey becomes 8-bit
+    (value / 257, rounded), 16-bit colour keeps its high bytes, as PIL decodes it; transparency is kept
+    apart as `alpha`.
 
     Raises:
         ValueError: None, an empty or unreadable picture, several frames, floating-point pixels; begins with `where`.
@@ -244,7 +247,9 @@ def decode(value: Any, *, where: str = "picture") -> Picture:
         try:
             value = PIL.Image.open(io.BytesIO(data))
         except (OSError, SyntaxError, PIL.Image.DecompressionBombError) as error:
-            raise ValueError(f"{where}: expected a readable picture, got {len(data)} bytes: {error}") from error
+            raise ValueError(
+                f"{where}: expected a readable picture, got {len(data)} bytes of no known format"
+            ) from error
     if isinstance(value, PIL.Image.Image):
         return _from_pil(value, where)
     if isinstance(value, Tensor):

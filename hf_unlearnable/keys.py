@@ -124,6 +124,7 @@ def write_key(path: str | Path) -> bytes:
         FileExistsError: there is such a file: a key is never overwritten.
     """
     key = new_key()
+    Path(path).parent.mkdir(parents=True, exist_ok=True)
     descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
     with os.fdopen(descriptor, "w") as file:
         file.write(key.hex() + "\n")

@@ -3,6 +3,7 @@
 import hashlib
 import math
 import os
+import re
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
@@ -26,6 +27,7 @@ from hf_unlearnable.record import Record
 SHARD_BYTES = 500_000_000
 PERCEPTUAL_ROWS = 10_000
 PREVIEW_ROWS = 8
+WRITTEN = {"data", "record.json", "preview.png", "README.md"}
 
 
 def protect(
@@ -52,15 +54,14 @@ def protect(
         record_seed: write an int seed into the record, for reproducible research.
 
     Raises:
-        FileExistsError: `output` exists, or another run is writing it.
+        FileExistsError: `output` exists (and, with `overwrite`, is anything but an earlier output), holds the source,
+            or is being written by another run.
         ValueError: anything `Poison.apply` refuses, a row over budget, or published data that differ from the source
             in rows, order, labels or other columns.
     """
-    output = Path(output)
-    if not len(dataset):
-        raise ValueError("expected rows to protect, got an empty split")
-    if output.exists() and not overwrite:
-        raise FileExistsError(f"{output} exists: choose another output, or overwrite it (--overwrite)")
+    output = Path(os.path.abspath(output))
+    _check_request(dataset, poison, source, split, batch_size)
+    _check_place(output, source, overwrite)
     staging = output.parent / f".{output.name}.partial"
     staging.mkdir(parents=True, exist_ok=True)
     lock = FileLock(str(staging) + ".lock")
@@ -69,8 +70,9 @@ def protect(
     except Timeout:
         raise FileExistsError(f"another run is writing {output}") from None
     with lock:
-        for name in ("data", "record.json", "preview.png", "README.md"):
-            _remove(staging / name)
+        for path in staging.iterdir():
+            if path.name != "cache":
+                _remove(path)
         (staging / "cache").mkdir(exist_ok=True)
         poisoned = poison.apply(dataset, num_proc=num_proc, batch_size=batch_size, cache_dir=staging / "cache")
         files = _write(poisoned, staging / "data", split, progress)
@@ -87,6 +89,34 @@ def protect(
         _remove(retired)
     _remove(Path(lock.lock_file))
     return record
+
+
+def _check_request(dataset: Dataset, poison: Poison, source: str, split: str, batch_size: int) -> None:
+    if not len(dataset):
+        raise ValueError(f"expected rows to protect, got an empty split of {source}")
+    if not re.fullmatch(r"\w+(\.\w+)*", split):
+        raise ValueError(f"expected a split name of letters, digits and _, got {split!r}")
+    if batch_size < 1:
+        raise ValueError(f"expected a batch size of 1 or more, got {batch_size}")
+    image = columns.image_column(dataset.features, poison.image_column)
+    others = [name for name, feature in dataset.features.items() if name != image and columns.holds_pictures(feature)]
+    if others:
+        raise ValueError(
+            f"columns {others} hold pictures too, which would be published as they are: "
+            f"ds.remove_columns({others}) first"
+        )
+
+
+def _check_place(output: Path, source: str, overwrite: bool) -> None:
+    """Only an earlier output is ever replaced, and never the source."""
+    if Path(source).exists() and Path(source).resolve().is_relative_to(output.resolve()):
+        raise FileExistsError(f"the output {output} holds the source {source}: choose another output")
+    if not output.exists():
+        return
+    if not overwrite:
+        raise FileExistsError(f"{output} exists: choose another output, or overwrite it (--overwrite)")
+    if not (output / "record.json").is_file() or {path.name for path in output.iterdir()} - WRITTEN:
+        raise FileExistsError(f"{output} is not (only) a protected dataset: it is not overwritten")
 
 
 def _remove(path: Path) -> None:

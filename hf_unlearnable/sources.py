@@ -6,6 +6,7 @@ from collections.abc import Iterable
 from difflib import get_close_matches
 from pathlib import Path
 
+import PIL.Image
 from datasets import Dataset, DatasetDict, load_dataset, load_from_disk
 from datasets.config import HF_DATASETS_CACHE
 from datasets.exceptions import DatasetNotFoundError
@@ -30,8 +31,9 @@ def load_split(source: str | Path, split: str | None = None, *, config: str | No
     """
     found = _load(str(source), config)
     if isinstance(found, Dataset):
-        if split not in (None, str(found.split), "train"):
-            raise ValueError(f"expected split {split!r} of {source}, which holds one unnamed split")
+        own = str(found.split) if found.split is not None else "train"
+        if split not in (None, own):
+            raise ValueError(f"expected split {split!r} of {source}, which holds one split, {own!r}")
         return found
     names = [str(name) for name in found]
     wanted = split or (names[0] if len(names) == 1 else "train")
@@ -59,7 +61,22 @@ def _load(source: str, config: str | None) -> Dataset | DatasetDict:
         if path.suffix != ".parquet":
             raise ValueError(f"expected a folder or a .parquet file, got {source}")
         return _as_dict(load_dataset("parquet", data_files=source, cache_dir=_cache_of(path)))
-    return _as_dict(load_dataset(source, config, cache_dir=_cache_of(path)))
+    found = _as_dict(load_dataset(source, config, cache_dir=_cache_of(path)))
+    _check_nothing_left_out(path, found)
+    return found
+
+
+def _check_nothing_left_out(folder: Path, found: DatasetDict) -> None:
+    """A class folder named `train` or `test` is taken for a split, and the folders beside it are not read at all."""
+    files = [path for path in folder.rglob("*") if path.is_file() and not path.name.startswith(".")]
+    suffixes = PIL.Image.registered_extensions()
+    pictures = sum(path.suffix.lower() in suffixes for path in files)
+    rows = sum(len(split) for split in found.values())
+    if pictures > rows and not any(path.suffix in (".parquet", ".arrow", ".csv", ".jsonl") for path in files):
+        raise ValueError(
+            f"{folder} holds {pictures} pictures, but {rows} were read, as {[str(name) for name in found]}: is a class "
+            f"folder named like a split? Put the class folders into {folder / 'train'}"
+        )
 
 
 def _cache_of(path: Path) -> str:

@@ -67,6 +67,12 @@ class Transform:
             raise ValueError(f'image_format is "png" or "webp", got {self.image_format!r}')
         if self.compress_level not in range(10):
             raise ValueError(f"compress_level is an int from 0 to 9, got {self.compress_level!r}")
+        try:
+            kind = torch.device(self.device).type
+        except RuntimeError as error:
+            raise ValueError(f"device={self.device!r} is not known to torch") from error
+        if kind != "cpu" and not torch.accelerator.is_available():
+            raise ValueError(f"device={self.device!r}: there is no accelerator here")
 
     # What a subclass defines.
 
@@ -161,10 +167,12 @@ class Transform:
         if features is None:
             return dataset.map(self, batched=True, batch_size=batch_size)
         image, label = self._columns(features)
-        self.check_classes(columns.class_names(features, label) if label else None, f"column {label!r}")
+        names = columns.class_names(features, label) if label else None
+        self.check_classes(names, f"column {label!r}")
+        settled = replace(self, image_column=image, label_column=label)
         plain = dataset.cast_column(image, Image(decode=False))
         changed = plain.map(
-            _Indexed(replace(self, image_column=image, label_column=label), image, label, stream=True),
+            _Indexed(settled, image, label, stream=True, classes=len(names) if names else None),
             batched=True,
             batch_size=batch_size,
             with_indices=True,
@@ -216,6 +224,7 @@ class Transform:
         chosen: np.ndarray | None = None,
         with_digest: bool = False,
         as_pictures: bool = False,
+        classes: int | None = None,
     ) -> dict[str, Any]:
         one_thread_in_workers()
         if not isinstance(example, Mapping):
@@ -238,8 +247,10 @@ class Transform:
             where = [f"row {i} of the batch" for i in range(len(values))] if is_batch else ["this row"]
         checked = None
         if labels is not None:
+            known = columns.class_names(features, cast(str, label)) if features is not None else None
+            top = classes if classes is not None else len(known) if known else None
             checked = [
-                columns.check_label(value, at, cast(str, label)) for value, at in zip(labels, where, strict=True)
+                columns.check_label(value, at, cast(str, label), top) for value, at in zip(labels, where, strict=True)
             ]
         pictures = decode_many(values, where=where)
         mask = self.chosen(pictures, checked) if chosen is None else chosen
@@ -291,12 +302,18 @@ class _Indexed:
     label: str | None
     chosen: np.ndarray | None = None
     stream: bool = False
+    classes: int | None = None
 
     def __call__(self, batch: Mapping[str, Any], indices: Sequence[int]) -> dict[str, Any]:
         narrow = {name: batch[name] for name in (self.image, self.label) if name is not None}
         chosen = None if self.chosen is None else self.chosen[np.asarray(indices)]
         return self.transform._on_example(
-            narrow, indices=indices, chosen=chosen, with_digest=not self.stream, as_pictures=self.stream
+            narrow,
+            indices=indices,
+            chosen=chosen,
+            with_digest=not self.stream,
+            as_pictures=self.stream,
+            classes=self.classes,
         )
 
 

@@ -142,10 +142,14 @@ def run(arguments: argparse.Namespace) -> None:
     training = sources.load_split(arguments.dataset, arguments.train_split)
     test = sources.load_split(arguments.dataset, arguments.test_split)
     label = columns.label_column(training.features)
+    columns.check_labels(training.with_format("arrow")[label], columns.class_names(training.features, label), label)
     kept = stratified_rows(torch.tensor(training[label]), min(arguments.rows, len(training)), key=0)
     training = training.select(kept.tolist())
     clean_test = Batches.load(test, progress=False)
-    what = {name: str(getattr(arguments, name)) for name in ("dataset", "rows", "backbone", "recipe")}
+    what = {
+        name: str(getattr(arguments, name))
+        for name in ("dataset", "train_split", "test_split", "rows", "backbone", "recipe")
+    }
     arguments.output.mkdir(parents=True, exist_ok=True)
     options = arguments.output / "options.json"
     if options.exists() and json.loads(options.read_text()) != what:

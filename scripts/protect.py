@@ -12,6 +12,8 @@ from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
 
+from datasets.exceptions import DatasetBuildError
+
 import hf_unlearnable as hu
 from hf_unlearnable import columns, options, sources
 from hf_unlearnable.keys import read_key
@@ -55,13 +57,15 @@ def main(argv: Sequence[str] | None = None) -> None:
     arguments = parser.parse_args(argv)
     try:
         run(arguments, POISONS[arguments.poison])
-    except (ValueError, OSError, TypeError) as error:
+    except (ValueError, OSError, TypeError, RuntimeError, MemoryError, DatasetBuildError) as error:
         sys.exit(f"protect.py: {error}")
 
 
 def run(arguments: argparse.Namespace, poison_class: type[hu.Poison]) -> None:
     dataset = sources.load_split(arguments.dataset, arguments.split, config=arguments.config)
     if arguments.rows is not None:
+        if arguments.rows < 1:
+            raise ValueError(f"--rows is 1 or more, got {arguments.rows}")
         dataset = dataset.select(range(min(arguments.rows, len(dataset))))
     settings = options.given(arguments, poison_class, skip=SETTLED)
     seed = arguments.seed if arguments.seed is not None else read_key(arguments.key_file)
@@ -75,7 +79,7 @@ def run(arguments: argparse.Namespace, poison_class: type[hu.Poison]) -> None:
         poison,
         arguments.output,
         source=arguments.dataset,
-        split=arguments.split or str(dataset.split or "train"),
+        split=arguments.split or str(dataset.split or "train").split("[")[0].split("+")[0],
         num_proc=arguments.num_proc,
         batch_size=arguments.batch_size,
         overwrite=arguments.overwrite,

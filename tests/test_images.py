@@ -3,6 +3,7 @@ import os
 
 import numpy as np
 import PIL.Image
+import PIL.ImageOps
 import pytest
 import torch
 
@@ -145,6 +146,24 @@ def test_exif_rotation_is_applied(picture: PIL.Image.Image) -> None:
         turned = np.rot90(np.asarray(PIL.Image.open(io.BytesIO(upright)).convert("RGB")), k=-1)
         assert np.array_equal(seen(images.decode(data)), turned)
         assert np.array_equal(seen(images.decode(PIL.Image.open(io.BytesIO(data)))), turned)
+
+
+def test_rotation_that_is_not_in_the_first_exif_segment(picture: PIL.Image.Image) -> None:
+    plain = stored(picture, "JPEG", quality=95)
+    xmp = b'http://ns.adobe.com/xap/1.0/\0<x:xmpmeta xmlns:x="adobe:ns:meta/"><rdf:RDF '
+    xmp += b'xmlns:rdf="http://www.w3.org/1999/02/22-rdf-syntax-ns#"><rdf:Description '
+    xmp += b'xmlns:tiff="http://ns.adobe.com/tiff/1.0/" tiff:Orientation="6"/></rdf:RDF></x:xmpmeta>'
+    exif = PIL.Image.Exif()
+    exif[0x0112] = 6
+    far = stored(picture, "JPEG", quality=95, exif=exif)
+    padding = b"\xff\xe5\xff\xff" + b"x" * 65533
+    for data in (
+        plain[:2] + b"\xff\xe1" + (len(xmp) + 2).to_bytes(2, "big") + xmp + plain[2:],
+        far[:2] + padding + far[2:],
+    ):
+        shown = np.asarray(PIL.ImageOps.exif_transpose(PIL.Image.open(io.BytesIO(data))))
+        assert shown.shape == (53, 37, 3)
+        assert np.array_equal(seen(images.decode(data)), shown)
 
 
 def test_arrays_and_tensors(picture: PIL.Image.Image) -> None:

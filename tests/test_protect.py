@@ -111,10 +111,40 @@ def test_an_existing_output_is_refused_then_replaced_whole(small: Dataset, tmp_p
     with pytest.raises(FileExistsError, match="--overwrite"):
         protect(small, CudaPoison(seed=8), tmp_path / "out", source="small", progress=False)
     assert everything_written(tmp_path / "out") == before
-    (tmp_path / "out" / "stale").write_text("old")
     protect(small, CudaPoison(seed=8), tmp_path / "out", source="small", progress=False, overwrite=True)
-    assert not (tmp_path / "out" / "stale").exists()
     assert everything_written(tmp_path / "out") != before
+
+
+def test_only_an_earlier_output_is_overwritten_and_never_the_source(small: Dataset, tmp_path: Path) -> None:
+    small.to_parquet(tmp_path / "mine" / "a.parquet")
+    (tmp_path / "mine" / "key").write_text("secret")
+    protect(small, CudaPoison(seed=7), tmp_path / "out", source="small", progress=False)
+    (tmp_path / "out" / "notes").write_text("mine")
+    for output, source, message in (
+        (tmp_path / "mine", "small", "not overwritten"),
+        (tmp_path / "out", "small", "not overwritten"),
+        (tmp_path / "mine" / "a.parquet", "small", "not overwritten"),
+        (tmp_path / "mine", str(tmp_path / "mine" / "a.parquet"), "holds the source"),
+        (tmp_path, str(tmp_path / "mine"), "holds the source"),
+    ):
+        before = everything_written(tmp_path)
+        with pytest.raises(FileExistsError, match=message):
+            protect(small, CudaPoison(seed=8), output, source=source, progress=False, overwrite=True)
+        assert everything_written(tmp_path) == before
+
+
+def test_other_pictures_are_not_published_clean(small: Dataset, tmp_path: Path) -> None:
+    thumbs = small.add_column("thumb", [row["bytes"] for row in small.cast_column("img", Image(decode=False))["img"]])
+    thumbs = thumbs.cast_column("thumb", Image())
+    with pytest.raises(ValueError, match=r"columns \['thumb'\] hold pictures too"):
+        protect(thumbs, CudaPoison(seed=7, image_column="img"), tmp_path / "out", source="small", progress=False)
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("split", ["train[:3]", "train+test", "a/b", "train-x", ""])
+def test_split_names_that_could_not_be_read(small: Dataset, tmp_path: Path, split: str) -> None:
+    with pytest.raises(ValueError, match="split name"):
+        protect(small, CudaPoison(seed=7), tmp_path / "out", source="small", split=split, progress=False)
 
 
 @pytest.mark.parametrize("where", ["_write", "_measure"])

@@ -19,6 +19,19 @@ def test_folder_of_pictures(tmp_path: Path) -> None:
     assert found.features["label"].names == ["cat", "dog"]
 
 
+def test_a_class_named_like_a_split_hides_no_pictures(tmp_path: Path) -> None:
+    for name in ("cat", "dog", "test"):
+        (tmp_path / "photos" / name).mkdir(parents=True)
+        for i, picture in enumerate(noise_pictures(2)):
+            PIL.Image.fromarray(picture).save(tmp_path / "photos" / name / f"{i}.png")
+    with pytest.raises(ValueError, match=r"holds 6 pictures, but 2 were read, as \['test'\]"):
+        sources.load_split(tmp_path / "photos")
+    (tmp_path / "photos" / "train").mkdir()
+    for name in ("cat", "dog", "test"):
+        (tmp_path / "photos" / name).rename(tmp_path / "photos" / "train" / name)
+    assert sources.load_split(tmp_path / "photos").features["label"].names == ["cat", "dog", "test"]
+
+
 def test_parquet_and_save_to_disk(small: Dataset, tmp_path: Path) -> None:
     small.to_parquet(tmp_path / "a.parquet")
     small.save_to_disk(tmp_path / "one")
@@ -59,7 +72,7 @@ def test_unknown_split_names_the_near_one(small: Dataset, tmp_path: Path) -> Non
     with pytest.raises(ValueError, match=r"\['train', 'validation'\]; did you mean 'validation'"):
         sources.load_split(tmp_path / "two", "valid")
     small.save_to_disk(tmp_path / "one")
-    with pytest.raises(ValueError, match="one unnamed split"):
+    with pytest.raises(ValueError, match="which holds one split"):
         sources.load_split(tmp_path / "one", "test")
 
 

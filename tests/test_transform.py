@@ -220,6 +220,14 @@ def test_bad_labels_stop_everything_and_name_the_row(bad: int | None, message: s
     assert len(RandomNoisePoison(seed=7).apply(source)) == 24
 
 
+def test_labels_outside_the_classes_of_a_stream() -> None:
+    stream = make_dataset(noise_pictures(12), [0, 1] * 6, classes=2).to_iterable_dataset()
+    features = stream.features
+    wrong = stream.map(lambda row, i: {"label": 5 if i == 9 else row["label"]}, with_indices=True, features=features)
+    with pytest.raises(ValueError, match="row 9: expected one of 2 classes .*got 5"):
+        list(CudaPoison(seed=7).apply(wrong, batch_size=4))
+
+
 def test_more_classes_than_the_poison_was_told(small: Dataset) -> None:
     poison = CudaPoison(seed=7, num_classes=3)
     with pytest.raises(ValueError, match="at most 3 classes .*got 4"):

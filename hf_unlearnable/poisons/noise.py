@@ -17,6 +17,9 @@ class RandomNoisePoison(Poison):
     Args:
         epsilon: L-inf budget, a fraction of the value range.
 
+    Raises:
+        ValueError: an epsilon outside [0, 1].
+
     Source: the random-noise control of the evaluation protocol (METHODS_NEW part IV, P7).
     Deviations: none.
     """
@@ -27,6 +30,10 @@ class RandomNoisePoison(Poison):
 
     def budget_for(self, height: int, width: int) -> Budget:
         return Budget("linf", self.epsilon)
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self.budget_for(1, 1)
 
     @property
     def uses_labels(self) -> bool:
