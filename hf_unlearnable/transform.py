@@ -95,6 +95,11 @@ class Transform:
     def check_classes(self, names: Sequence[str] | None, where: str) -> None:
         """Raise ValueError if the transform was made for other classes than these."""
 
+    @property
+    def known_classes(self) -> Sequence[str] | None:
+        """The classes the transform was told of, where the data name none."""
+        return None
+
     def cache_state(self) -> dict[str, Any]:
         """What decides the stored bytes, as JSON values; it may be published, so it holds no key."""
         state = {f.name: getattr(self, f.name) for f in fields(self) if f.repr and f.compare}
@@ -187,7 +192,8 @@ class Transform:
         if label is not None:
             names = columns.class_names(dataset.features, label)
             self.check_classes(names, f"column {label!r}")
-            columns.check_labels(dataset.with_format("arrow")[label], names, label)
+            known = names if names is not None else self.known_classes
+            columns.check_labels(dataset.with_format("arrow")[label], known, label)
         features, form = dataset.features.copy(), dataset.format
         plain = dataset.with_format(None).cast_column(image, Image(decode=False))
         chosen = self.chosen_exactly(plain, image, label)

@@ -238,6 +238,13 @@ def test_more_classes_than_the_poison_was_told(small: Dataset) -> None:
         CudaPoison(seed=7, classes=(9, 1)).apply(small)
 
 
+def test_integer_labels_are_checked_before_writing_also_where_rows_stay(small: Dataset, tmp_path: Path) -> None:
+    bare = small.cast_column("label", Value("int64"))
+    with pytest.raises(ValueError, match="row 3: expected one of 3 classes .*got 3"):
+        CudaPoison(seed=7, num_classes=3, classes=(0,)).apply(bare, cache_dir=tmp_path)
+    assert not list(tmp_path.iterdir())
+
+
 def test_missing_and_unreadable_pictures_name_the_row() -> None:
     values: list = [PIL.Image.fromarray(p) for p in noise_pictures(12)]
     values[8] = None

@@ -144,6 +144,10 @@ class Poison(Transform):
         mask[eligible[np.argsort(ranks[eligible], kind="stable")[:count]]] = True
         return mask
 
+    @property
+    def known_classes(self) -> Sequence[str] | None:
+        return None if self.num_classes is None else [str(label) for label in range(self.num_classes)]
+
     def check_classes(self, names: Sequence[str] | None, where: str) -> None:
         if names is None:
             return
