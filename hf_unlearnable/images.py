@@ -27,6 +27,7 @@ Labels: TypeAlias = Int[Tensor, "b"]
 ImageFormat: TypeAlias = Literal["png", "webp"]
 
 _IN_PARENT = os.getpid()
+_MOST_THREADS = min(os.cpu_count() or 1, 16)
 
 
 @dataclass(frozen=True)
@@ -64,6 +65,12 @@ def digest(pixels: UInt8[Tensor, "3 h w"]) -> bytes:
     return state.digest()
 
 
+def picture_digest(picture: Picture) -> bytes:
+    """What identifies all of a picture, its transparency included."""
+    alpha = picture.alpha
+    return digest(picture.pixels) + (b"" if alpha is None else digest(alpha.expand(3, *alpha.shape)))
+
+
 def in_worker_process() -> bool:
     """Whether this is a forked or spawned worker, where threads of its own would only compete (or hang torch)."""
     return os.getpid() != _IN_PARENT or multiprocess.process.parent_process() is not None
@@ -77,14 +84,14 @@ def one_thread_in_workers() -> None:
 
 @cache
 def _threads(pid: int) -> ThreadPoolExecutor:
-    return ThreadPoolExecutor(max_workers=min(os.cpu_count() or 1, 16), thread_name_prefix=f"pictures-{pid}")
+    return ThreadPoolExecutor(max_workers=_MOST_THREADS, thread_name_prefix=f"pictures-{pid}")
 
 
 def _threaded(function: Any, items: Sequence[Any]) -> list[Any]:
     if len(items) < 8 or in_worker_process():
         return [function(item) for item in items]
     pool = _threads(os.getpid())
-    size = -(-len(items) // (4 * pool._max_workers))
+    size = -(-len(items) // (4 * _MOST_THREADS))
     parts = [items[start : start + size] for start in range(0, len(items), size)]
     return [result for part in pool.map(lambda part: [function(item) for item in part], parts) for result in part]
 

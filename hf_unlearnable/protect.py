@@ -242,6 +242,10 @@ def _update(report: PixelReport, poison: Poison, old: list[Picture], new: list[P
             raise ValueError(
                 f"row {rows[i]}: expected a picture of shape {before.pixels.shape}, got {after.pixels.shape}"
             )
+        if (before.alpha is None) != (after.alpha is None) or (
+            before.alpha is not None and after.alpha is not None and not torch.equal(before.alpha, after.alpha)
+        ):
+            raise ValueError(f"row {rows[i]}: the transparency of the published picture differs from the source")
         sizes.setdefault(before.pixels.shape, []).append(i)
     for places in sizes.values():
         report.update(

@@ -19,10 +19,10 @@ from hf_unlearnable.images import (
     Picture,
     Pixels,
     decode_many,
-    digest,
     encode,
     encode_many,
     one_thread_in_workers,
+    picture_digest,
     to_pil,
 )
 
@@ -270,7 +270,7 @@ class Transform:
         stored = [{"bytes": value, "path": None} if isinstance(value, bytes) else value for value in stored]
         result: dict[str, Any] = {image: stored if is_batch else stored[0]}
         if with_digest:
-            result[_CHECK_COLUMN] = [digest(picture.pixels) for picture in changed]
+            result[_CHECK_COLUMN] = [picture_digest(picture) for picture in changed]
         return result
 
     def _on_pictures(
@@ -335,7 +335,7 @@ class _ReadBack:
         for picture, expected, at in zip(
             decode_many(batch[self.image], where=where), batch[_CHECK_COLUMN], where, strict=True
         ):
-            if digest(picture.pixels) != expected:
+            if picture_digest(picture) != expected:
                 raise ValueError(f"{at}: the stored picture is not the one that was made")
 
 

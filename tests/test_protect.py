@@ -250,6 +250,19 @@ def test_alpha_grayscale_and_sizes_survive_the_round_trip(tmp_path: Path) -> Non
     assert (np.asarray(found["img"][2])[:, :, 3] == 120).all()
 
 
+def test_lost_transparency_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    picture = PIL.Image.fromarray(noise_pictures(1)[0])
+    picture.putalpha(120)
+    source, write = make_dataset([picture], [0]), room._write
+
+    def opaque(dataset: Dataset, *rest: object) -> list[Path]:
+        return write(make_dataset([dataset[0]["img"].convert("RGB")], [0]), *rest)
+
+    monkeypatch.setattr(room, "_write", opaque)
+    with pytest.raises(ValueError, match="row 0: the transparency"):
+        protect(source, CudaPoison(seed=7), tmp_path / "out", source="small", progress=False)
+
+
 # The record.
 
 

@@ -392,6 +392,19 @@ def test_reading_back_notices_a_changed_picture(small: Dataset) -> None:
         _ReadBack("img")(batch, range(100, 124))
 
 
+def test_reading_back_notices_changed_transparency() -> None:
+    from hf_unlearnable.images import decode_many, picture_digest
+
+    picture = PIL.Image.fromarray(noise_pictures(1)[0])
+    picture.putalpha(120)
+    meant = [picture_digest(p) for p in decode_many([picture])]
+    assert _ReadBack("img")({"img": [picture], "__stored_digest__": meant}, [0]) is None
+    for other in (121, 255):
+        picture.putalpha(other)
+        with pytest.raises(ValueError, match="row 0, read back: the stored picture is not"):
+            _ReadBack("img")({"img": [picture], "__stored_digest__": meant}, [0])
+
+
 def test_an_interrupted_apply_leaves_nothing_that_looks_finished(tmp_path: Path) -> None:
     values: list = [PIL.Image.fromarray(p) for p in noise_pictures(24)]
     values[20] = None
