@@ -1,8 +1,9 @@
 """Stopping a training, and going on with it.
 
-A checkpoint is one safetensors file, written whole or not at all: the weights ("model." before their names), SGD's
-momentum ("momentum."), and as JSON in the metadata `run` (what the training is: of another one nothing is loaded) and
-`state` (what else it has to remember, such as its step).
+A checkpoint is one safetensors file, written whole or not at all: weights and buffers ("module.NAME." before their
+names), the state of optimisers ("optimizer.NAME.", the parameter's number and what it is), other tensors
+("tensor.NAME"), and as JSON in the metadata `run` (what the training is: of another one nothing is loaded) and `state`
+(what else it has to remember, such as its step).
 """
 
 import hashlib
@@ -11,13 +12,15 @@ import os
 import signal
 import threading
 import time
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
-from torch import nn
+from torch import Tensor, nn
+from torch.optim import Optimizer
 
 
 def save_checkpoint(
@@ -25,34 +28,45 @@ def save_checkpoint(
     *,
     run: dict[str, Any],
     state: dict[str, Any],
-    model: nn.Module,
-    optimizer: torch.optim.SGD,
+    modules: Mapping[str, nn.Module],
+    optimizers: Mapping[str, Optimizer],
+    tensors: Mapping[str, Tensor] | None = None,
 ) -> None:
     """Write a checkpoint in place of the one before.
 
     Args:
         run, state: what JSON gives back as it was: lists but no tuples, strings as keys.
+        tensors: what else the training keeps, such as a noise bank.
     """
     path = Path(path)
-    tensors = {f"model.{name}": tensor for name, tensor in model.state_dict().items()}
-    for name, weight in model.named_parameters():
-        if (momentum := optimizer.state.get(weight, {}).get("momentum_buffer")) is not None:
-            tensors[f"momentum.{name}"] = momentum
-    tensors = {name: tensor.detach().cpu().contiguous().clone() for name, tensor in tensors.items()}
+    found = {f"tensor.{name}": tensor for name, tensor in (tensors or {}).items()}
+    for name, module in modules.items():
+        found |= {f"module.{name}.{key}": tensor for key, tensor in module.state_dict().items()}
+    for name, optimizer in optimizers.items():
+        for number, weight in enumerate(_weights(optimizer)):
+            for key, value in optimizer.state.get(weight, {}).items():
+                if isinstance(value, Tensor):
+                    found[f"optimizer.{name}.{number}.{key}"] = value
+    found = {name: tensor.detach().cpu().contiguous().clone() for name, tensor in found.items()}
     path.parent.mkdir(parents=True, exist_ok=True)
     partial = path.with_name(f".{path.name}.{os.getpid()}")
     try:
         text = json.dumps({"run": run, "state": state})
-        save_file(tensors, partial, metadata={"hf_unlearnable": text})
+        save_file(found, partial, metadata={"hf_unlearnable": text})
         os.replace(partial, path)
     finally:
         partial.unlink(missing_ok=True)
 
 
 def load_checkpoint(
-    path: str | Path, *, run: dict[str, Any], model: nn.Module, optimizer: torch.optim.SGD
+    path: str | Path,
+    *,
+    run: dict[str, Any],
+    modules: Mapping[str, nn.Module],
+    optimizers: Mapping[str, Optimizer],
+    tensors: Mapping[str, Tensor] | None = None,
 ) -> dict[str, Any]:
-    """Put weights and momentum back into `model` and `optimizer`, and return the state.
+    """Put everything back into modules, optimisers and tensors (in place), and return the state.
 
     Raises:
         FileNotFoundError: there is none.
@@ -61,7 +75,7 @@ def load_checkpoint(
     try:
         with safe_open(path, "pt") as file:
             kept = json.loads(file.metadata()["hf_unlearnable"])
-            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+            found = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
         there, state = kept["run"], kept["state"]
     except (SafetensorError, KeyError, TypeError, ValueError) as error:
         raise ValueError(
@@ -72,20 +86,39 @@ def load_checkpoint(
         keys = [key for key in {**there, **here} if there.get(key) != here.get(key)]
         told = "; ".join(f"{key} is {there.get(key)!r} there and {here.get(key)!r} here" for key in keys)
         raise ValueError(f"{path} is of another training: {told}")
-    model.load_state_dict({name[6:]: tensor for name, tensor in tensors.items() if name.startswith("model.")})
-    for name, weight in model.named_parameters():
-        if (momentum := tensors.get(f"momentum.{name}")) is not None:
-            optimizer.state[weight]["momentum_buffer"] = torch.empty_like(weight.detach()).copy_(momentum)
+    for name, module in modules.items():
+        before = f"module.{name}."
+        module.load_state_dict({key[len(before) :]: value for key, value in found.items() if key.startswith(before)})
+    for name, optimizer in optimizers.items():
+        for number, weight in enumerate(_weights(optimizer)):
+            before = f"optimizer.{name}.{number}."
+            for key in [key for key in found if key.startswith(before)]:
+                value = found[key]
+                if value.shape == weight.shape:
+                    value = torch.empty_like(weight.detach()).copy_(value)
+                optimizer.state[weight][key[len(before) :]] = value
+    for name, tensor in (tensors or {}).items():
+        tensor.copy_(found[f"tensor.{name}"])
     return state
+
+
+def _weights(optimizer: Optimizer) -> Iterator[Tensor]:
+    for group in optimizer.param_groups:
+        yield from group["params"]
+
+
+def tensors_digest(tensors: Mapping[str, Tensor]) -> str:
+    """SHA-256 of names, types, shapes and values."""
+    state = hashlib.sha256()
+    for name, tensor in sorted(tensors.items()):
+        state.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
+        state.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes())
+    return state.hexdigest()
 
 
 def weights_digest(model: nn.Module) -> str:
     """SHA-256 of names, types, shapes and values of all parameters and buffers."""
-    state = hashlib.sha256()
-    for name, tensor in sorted(model.state_dict().items()):
-        state.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
-        state.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy())
-    return state.hexdigest()
+    return tensors_digest(model.state_dict())
 
 
 class Interrupts:

@@ -27,20 +27,27 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
-from hf_unlearnable.augment import Augmentation, CropFlip, take
-from hf_unlearnable.batches import Batch, Batches
+from hf_unlearnable.batches import Batches
 from hf_unlearnable.checkpoint import Interrupts, load_checkpoint, save_checkpoint, weights_digest
 from hf_unlearnable.defenses.base import Defense, describe
-from hf_unlearnable.images import Images, Labels, Pixels, to_float
+from hf_unlearnable.environment import hardware, versions
+from hf_unlearnable.images import Labels
 from hf_unlearnable.keys import torch_generator
 from hf_unlearnable.networks import Network, frozen
 from hf_unlearnable.recipes import Recipe
-from hf_unlearnable.record import hardware, versions
 from hf_unlearnable.result import Result, Tally
-
-
-class Unfinished(RuntimeError):
-    """The time was up before the training was: call `train` again with the same arguments to go on."""
+from hf_unlearnable.training import (
+    Unfinished,
+    as_input,
+    augmented,
+    average_over_processes,
+    memory_format,
+    own_randomness,
+    restored_modes,
+    seed_layers,
+    standard_augmentation,
+    stream,
+)
 
 
 def evaluate(model: nn.Module, batches: Batches, *, accelerator: Accelerator) -> Int[Tensor, "k k"]:
@@ -55,7 +62,7 @@ def evaluate(model: nn.Module, batches: Batches, *, accelerator: Accelerator) ->
     rank, world = accelerator.process_index, accelerator.num_processes
     with frozen(model), torch.no_grad(), accelerator.autocast():
         for pixels, labels in batches.chunks(size, rank=rank, world=world):
-            counts += torch.bincount(labels * classes + model(_input(pixels)).argmax(1), minlength=len(counts))
+            counts += torch.bincount(labels * classes + model(as_input(pixels)).argmax(1), minlength=len(counts))
     total = accelerator.reduce(counts, "sum")
     assert isinstance(total, Tensor)
     return total.view(classes, classes)
@@ -102,7 +109,7 @@ def train(
     training, validation = train.split(validation_fraction, key=seed)
     per_epoch = training.steps(recipe.batch_size, drop_last=recipe.drop_last)
     total = recipe.total_steps(per_epoch)
-    model.to(device=device, memory_format=_memory_format(device))  # type: ignore[call-overload]
+    model.to(device=device, memory_format=memory_format(device))  # type: ignore[call-overload]
     if max_minutes is not None and checkpoint is None:
         raise ValueError("max_minutes needs a checkpoint to go on from")
     if evaluate_every < 1:
@@ -112,7 +119,7 @@ def train(
     optimizer = torch.optim.SGD(
         weights, recipe.rate(0, total), recipe.momentum, weight_decay=recipe.weight_decay, nesterov=recipe.nesterov
     )
-    augmentation = _augmentation(recipe, train.image_size)
+    augmentation = standard_augmentation(recipe, train.image_size)
     run = {
         "recipe": dataclasses.asdict(recipe),
         "defense": describe(defense),
@@ -125,16 +132,17 @@ def train(
         "test_digest": test.digest(),
     }
     run = json.loads(json.dumps(run, default=str))
+    trained: Any = {"modules": {"model": model}, "optimizers": {"sgd": optimizer}}
     tally = Tally()
     if checkpoint and Path(checkpoint).exists():
-        tally = Tally.resumed(load_checkpoint(checkpoint, run=run, model=model, optimizer=optimizer))
+        tally = Tally.resumed(load_checkpoint(checkpoint, run=run, **trained))
     before, look_every = tally.seconds, 1 if device.type == "cpu" else 20  # to read from a GPU is to wait for it
     sums = torch.tensor(tally.sums, dtype=torch.float64, device=device)
     main = accelerator.is_main_process
 
     with (
-        _own_randomness(device),
-        _restored_modes(model),
+        own_randomness(device),
+        restored_modes(model),
         _last_logits(model) as logits,
         Interrupts() as interrupts,
         tqdm(
@@ -147,16 +155,16 @@ def train(
         ) as bar,
     ):
         model.train()
-        order = _stream(training, recipe, seed, rank, world, tally.step)
+        order = stream(training, recipe, seed, rank, world, tally.step)
         for step, batch in zip(range(tally.step, total), order, strict=False):
             for group in optimizer.param_groups:
                 group["lr"] = recipe.rate(step, total)
             optimizer.zero_grad()
             here = torch.zeros(len(sums) - 1, device=device)
             if rows := len(batch.labels):
-                x = _input(_augmented(batch, augmentation, seed, step))
+                x = as_input(augmented(batch, augmentation, seed, step))
                 generator = torch_generator(seed, "defense", step, rank, device=device)
-                _seed_layers(seed, step, rank, device)
+                seed_layers(seed, step, rank, device)
                 with accelerator.autocast():
                     loss = defense(model, x, batch.labels, progress=step / total, generator=generator)
                 (loss * (rows * world / batch.size)).backward()
@@ -165,7 +173,7 @@ def train(
             overdue = main and max_minutes is not None and time.monotonic() - began >= 60 * max_minutes
             if overdue or interrupts.asked:
                 here[4], here[5] = overdue, interrupts.asked
-            sums[:-1] += _over_processes(here, weights, model, accelerator)
+            sums[:-1] += average_over_processes(here, weights, model, accelerator)
             sums[-1] += ~sums[0].isfinite()
             if recipe.gradient_clip is not None:
                 nn.utils.clip_grad_norm_(weights, recipe.gradient_clip)
@@ -190,7 +198,7 @@ def train(
             if checkpoint and main and (finished or stopped or time.monotonic() - saved >= checkpoint_seconds):
                 tally.sums = [*sums.tolist()[:4], 0.0, 0.0, 0.0]
                 kept = dataclasses.asdict(tally)
-                save_checkpoint(checkpoint, run=run, state=kept, model=model, optimizer=optimizer)
+                save_checkpoint(checkpoint, run=run, state=kept, **trained)
                 saved = time.monotonic()
             if checkpoint and (finished or stopped):
                 accelerator.wait_for_everyone()
@@ -217,90 +225,11 @@ def train(
     )
 
 
-def _stream(training: Batches, recipe: Recipe, seed: int, rank: int, world: int, step: int) -> Iterator[Batch]:
-    epoch, done = divmod(step, training.steps(recipe.batch_size, drop_last=recipe.drop_last))
-    while True:
-        yield from training.epoch(
-            epoch,
-            key=seed,
-            batch_size=recipe.batch_size,
-            drop_last=recipe.drop_last,
-            rank=rank,
-            world=world,
-            start_step=done,
-        )
-        epoch, done = epoch + 1, 0
-
-
-def _augmentation(recipe: Recipe, image_size: tuple[int, int]) -> Augmentation | None:
-    padding = round(recipe.crop_padding * min(image_size)) if "crop" in recipe.augmentation else 0
-    flip = 0.5 if "flip" in recipe.augmentation else 0.0
-    return CropFlip(padding=padding, flip=flip) if padding or flip else None
-
-
-def _augmented(batch: Batch, augmentation: Augmentation | None, seed: int, step: int) -> Pixels:
-    if augmentation is None:
-        return batch.pixels
-    draws = augmentation.draw(batch.size, generator=torch_generator(seed, "augment", step))
-    return augmentation.apply(batch.pixels, take(draws, batch.part))
-
-
-def _memory_format(device: torch.device) -> torch.memory_format:
-    return torch.contiguous_format if device.type == "mps" else torch.channels_last
-
-
-def _input(pixels: Pixels) -> Images:
-    return to_float(pixels).contiguous(memory_format=_memory_format(pixels.device))
-
-
 def _hits(logits: Tensor | None, labels: Labels) -> Float[Tensor, "2"]:
     if logits is None or logits.dim() != 2 or len(logits) != len(labels):
         return torch.zeros(2, device=labels.device)
     right = (logits.argmax(1) == labels).sum()
     return torch.stack([right, torch.full_like(right, len(labels))]).float()
-
-
-def _over_processes(
-    sums: Float[Tensor, " s"], weights: list[nn.Parameter], model: nn.Module, accelerator: Accelerator
-) -> Float[Tensor, " s"]:
-    """The sums over all processes; gradients and running statistics become their means. One exchange for all."""
-    if accelerator.num_processes == 1:
-        return sums
-    for weight in weights:
-        if weight.grad is None:
-            weight.grad = torch.zeros_like(weight)
-    parts = [weight.grad for weight in weights if weight.grad is not None]
-    for module in model.modules():
-        if isinstance(module, nn.modules.batchnorm._NormBase) and module.running_mean is not None:
-            parts += [part for part in (module.running_mean, module.running_var) if part is not None]
-    flat = accelerator.reduce(torch.cat([part.detach().float().flatten() for part in parts] + [sums]), "mean")
-    assert isinstance(flat, Tensor)
-    *means, mean_sums = flat.split([part.numel() for part in parts] + [len(sums)])
-    for part, mean in zip(parts, means, strict=True):
-        part.detach().copy_(mean.view(part.shape))
-    return mean_sums * accelerator.num_processes
-
-
-def _seed_layers(seed: int, step: int, rank: int, device: torch.device) -> None:
-    """Dropout and the like draw from torch's global generators, which are the training's own here."""
-    number = torch_generator(seed, "layers", step, rank).initial_seed()
-    torch.default_generator.manual_seed(number)
-    if device.type == "cuda":
-        torch.cuda.manual_seed(number)
-
-
-def _own_randomness(device: torch.device) -> contextlib.AbstractContextManager[None]:
-    return torch.random.fork_rng(devices=[device] if device.type == "cuda" else [])
-
-
-@contextlib.contextmanager
-def _restored_modes(model: nn.Module) -> Iterator[None]:
-    modes = [(module, module.training) for module in model.modules()]
-    try:
-        yield
-    finally:
-        for module, mode in modes:
-            module.training = mode
 
 
 @contextlib.contextmanager
@@ -340,7 +269,7 @@ def _check(
     if not per_epoch:
         raise ValueError(f"no whole batch of {recipe.batch_size} among the training rows, and the recipe drops others")
     with frozen(model), torch.no_grad(), accelerator.autocast():
-        shape = tuple(model(_input(train.pixels[:2])).shape)
+        shape = tuple(model(as_input(train.pixels[:2])).shape)
     expected = (min(2, len(train)), len(train.classes))
     if shape != expected:
         raise ValueError(f"expected logits of shape {expected} (rows, classes) from the network, got {shape}")

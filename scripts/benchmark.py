@@ -31,10 +31,10 @@ import torch.nn.functional as F
 from datasets import ClassLabel, Dataset, Features, Image
 
 from hf_unlearnable import CudaPoison, Transform, columns, sources
+from hf_unlearnable.environment import versions
 from hf_unlearnable.images import decode_many
 from hf_unlearnable.keys import numpy_generator
 from hf_unlearnable.poisons.base import Draws
-from hf_unlearnable.record import versions
 
 SEED = 7
 

@@ -37,7 +37,8 @@ from hf_unlearnable.defenses.erm import Erm
 from hf_unlearnable.networks import SHORT_NAMES, create_network
 from hf_unlearnable.recipes import RECIPES, Recipe, recipe
 from hf_unlearnable.result import Result, summary
-from hf_unlearnable.victim import Unfinished, train
+from hf_unlearnable.training import Unfinished
+from hf_unlearnable.victim import train
 
 DEFENSES: dict[str, type[Defense]] = {"erm": Erm}
 NOT_IDENTITY = ("output", "overwrite", "seeds", "max_minutes", "cpu", "progress")

@@ -9,9 +9,8 @@ import pytest
 
 PACKAGE = Path(__file__).parent.parent / "hf_unlearnable"
 
-L0 = {"keys", "images", "budget", "networks", "architectures", "columns", "options"}
-L1 = {"transform", "pgd", "augment", "batches", "checkpoint", "demo", "sources"}
-SURROGATE = {"surrogate"}
+L0 = {"keys", "images", "budget", "networks", "architectures", "columns", "options", "recipes", "environment"}
+L1 = {"transform", "pgd", "augment", "batches", "checkpoint", "demo", "sources", "training"}
 MAY_IMPORT: dict[str, set[str]] = {
     "keys": set(),
     "images": set(),
@@ -27,15 +26,18 @@ MAY_IMPORT: dict[str, set[str]] = {
     "checkpoint": set(),
     "demo": {"keys"},
     "sources": {"demo"},
-    "surrogate": L0 | L1,
-    "poisons": {"poisons", "surrogate"} | L0 | L1,
+    "environment": set(),
+    "training": {"augment", "batches", "images", "keys", "recipes"},
+    "surrogate": {"checkpoint", "networks", "environment"},
+    "fitting": {"surrogate"} | L0 | L1,
+    "poisons": {"poisons", "surrogate", "fitting"} | L0 | L1,
     "defenses": {"defenses"} | L0 | L1,
     "metrics": {"images", "budget"},
     "recipes": set(),
     "result": {"recipes"},
-    "record": {"budget"},
-    "victim": {"result", "record", "recipes", "checkpoint", "defenses", "batches"}
-    | {"augment", "networks", "images", "keys"},
+    "record": {"environment"},
+    "victim": {"result", "environment", "recipes", "checkpoint", "defenses", "batches", "training"}
+    | {"networks", "images", "keys"},
     "preview": {"images"},
     "card": {"record"},
     "protect": {"record", "card", "preview", "metrics", "poisons"} | L0 | L1,

@@ -27,7 +27,8 @@ from hf_unlearnable.keys import torch_generator
 from hf_unlearnable.recipes import RECIPES, Recipe, recipe
 from hf_unlearnable.report import curves
 from hf_unlearnable.result import Result, summary
-from hf_unlearnable.victim import Unfinished, evaluate, train
+from hf_unlearnable.training import Unfinished
+from hf_unlearnable.victim import evaluate, train
 
 QUICK = Recipe(name="quick", epochs=3, batch_size=16, learning_rate=0.05, schedule="cosine")
 LENGTH = 3 * 6  # steps of QUICK on 103 rows, of which 10 are held out
@@ -356,7 +357,9 @@ def test_a_checkpoint_is_no_pickle_and_has_all_there_is(accelerator: Accelerator
     with safe_open(file, "pt") as opened:
         names = set(opened.keys())
         kept = json.loads(opened.metadata()["hf_unlearnable"])
-    assert names == {f"model.{n}" for n in model.state_dict()} | {f"momentum.{n}" for n, _ in model.named_parameters()}
+    assert names == {f"module.model.{n}" for n in model.state_dict()} | {
+        f"optimizer.sgd.{n}.momentum_buffer" for n, _ in enumerate(model.parameters())
+    }
     assert (kept["state"]["step"], kept["run"]["seed"]) == (LENGTH, 0)
 
 
