@@ -9,6 +9,9 @@ from hf_unlearnable.poisons.cuda import CudaPoison
 from hf_unlearnable.poisons.lsp import LspPoison
 from hf_unlearnable.poisons.noise import RandomNoisePoison
 from hf_unlearnable.poisons.ops import OpsPoison
+from hf_unlearnable.poisons.robust_em import MinMaxMinPoison, RobustEmPoison, SemPoison
+from hf_unlearnable.poisons.with_surrogate import SurrogatePoison
+from hf_unlearnable.surrogate import Surrogate
 from hf_unlearnable.transform import Transform
 
 __version__ = "0.1.0"
@@ -18,9 +21,14 @@ __all__ = [
     "Budget",
     "CudaPoison",
     "LspPoison",
+    "MinMaxMinPoison",
     "OpsPoison",
     "Poison",
     "RandomNoisePoison",
+    "RobustEmPoison",
+    "SemPoison",
+    "Surrogate",
+    "SurrogatePoison",
     "Transform",
     "create_network",
     "new_key",

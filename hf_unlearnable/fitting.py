@@ -19,7 +19,7 @@ from tqdm.auto import tqdm
 from hf_unlearnable.augment import Augmentation, take
 from hf_unlearnable.batches import Batch, Batches
 from hf_unlearnable.checkpoint import Interrupts, load_checkpoint, save_checkpoint, tensors_digest, weights_digest
-from hf_unlearnable.keys import torch_generator
+from hf_unlearnable.keys import Key, torch_generator
 from hf_unlearnable.networks import Network, create_network, frozen
 from hf_unlearnable.recipes import Recipe
 from hf_unlearnable.training import (
@@ -44,7 +44,7 @@ class Setup:
     train: Batches
     recipe: Recipe
     backbone: str
-    seed: int
+    seed: Key
     accelerator: Accelerator
 
     @property
@@ -52,8 +52,13 @@ class Setup:
         return self.accelerator.device
 
     def network(self, name: str = "network", *, num_classes: int | None = None) -> Network:
-        """A fresh network on the device, in training mode; its weights follow from seed and name."""
-        seed = torch_generator(self.seed, "weights", name).initial_seed() if name != "network" else self.seed
+        """A fresh network on the device, in training mode; its weights follow from seed and name.
+
+        That of the name "network" is, for an int seed, the one that `create_network` makes of this seed.
+        """
+        seed = torch_generator(self.seed, "weights", name).initial_seed()
+        if isinstance(self.seed, int) and name == "network":
+            seed = self.seed
         network = create_network(
             self.backbone,
             num_classes=len(self.train.classes) if num_classes is None else num_classes,
@@ -146,13 +151,18 @@ class Fit(abc.ABC):
         draws = self.augmentation.draw(batch.size, generator=torch_generator(self.setup.seed, purpose, step))
         return self.augmentation.apply(x, take(draws, batch.part))
 
-    def descend(self, step: int, batch: Batch, loss: Callable[[], Tensor], name: str = "network") -> Tensor:
-        """One optimiser step of a module on the mean of `loss()` over the whole batch, which is returned."""
+    def descend(
+        self, step: int, batch: Batch, loss: Callable[[], Tensor], name: str = "network", *, rate: float | None = None
+    ) -> Tensor:
+        """One optimiser step of a module on the mean of `loss()` over the whole batch, which is returned.
+
+        Its learning rate is the recipe's for this step out of `total`, or `rate`.
+        """
         accelerator, recipe = self.setup.accelerator, self.setup.recipe
         module, optimizer = self.modules[name], self.optimizers[name]
         weights = [weight for weight in module.parameters() if weight.requires_grad]
         for group in optimizer.param_groups:
-            group["lr"] = recipe.rate(step, self.total)
+            group["lr"] = recipe.rate(step, self.total) if rate is None else rate
         optimizer.zero_grad()
         sums, rows = torch.zeros(2, device=self.setup.device), len(batch.labels)
         if rows:

@@ -8,17 +8,21 @@ from collections.abc import Collection
 from typing import Any
 
 
-def add_fields(parser: argparse._ActionsContainer, cls: type, *, skip: Collection[str] = ()) -> None:
+def add_fields(
+    parser: argparse._ActionsContainer, cls: type, *, skip: Collection[str] = (), defaults: Any = None
+) -> None:
     """One flag for every field of a dataclass: `kernel_size: int | None` becomes `--kernel-size INT`.
 
     Plain values, literals, and tuples of them (several values after one flag) are understood; other fields have none.
+    The help tells the fields' own defaults, or those of `defaults`, a value of the class.
     """
     hints = typing.get_type_hints(cls)
     for field in dataclasses.fields(cls):
         described = None if field.name in skip or not field.init else _describe(hints[field.name])
         if described is not None:
             flag = "--" + field.name.replace("_", "-")
-            parser.add_argument(flag, default=argparse.SUPPRESS, help=_default(field), **described)
+            told = _default(field) if defaults is None else f"default: {getattr(defaults, field.name)}"
+            parser.add_argument(flag, default=argparse.SUPPRESS, help=told, **described)
 
 
 def given(arguments: argparse.Namespace, cls: type, *, skip: Collection[str] = ()) -> dict[str, Any]:

@@ -4,7 +4,7 @@ import contextlib
 import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Literal, Protocol, TypeAlias
+from typing import Literal, Protocol, TypeAlias, runtime_checkable
 
 import torch
 from jaxtyping import Bool, Float
@@ -22,6 +22,7 @@ Loss: TypeAlias = Callable[[Tensor, Tensor], Tensor]
 _STEPS_A_DRAW = 10
 
 
+@runtime_checkable
 class RowDraws(Protocol):
     """Randomness that belongs to the pictures, such as the `Draws` of a poison: a row's numbers are its own."""
 

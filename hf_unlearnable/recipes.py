@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Any, Literal, get_args
 
 Schedule = Literal["constant", "step", "cosine", "onecycle"]
-AugmentationName = Literal["crop_flip", "crop", "flip", "none"]
+AugmentationName = Literal["crop_flip", "shift_flip", "crop", "flip", "none"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -24,8 +24,9 @@ class Recipe:
         warmup: for "onecycle": the share of the training in which the rate rises.
         gradient_clip: largest L2 norm of the whole gradient; None does not clip.
         drop_last: leave out an epoch's last batch where it is not whole.
-        augmentation: "crop_flip", "crop", "flip" or "none".
-        crop_padding: zeros added before the crop, as a share of the shorter side (1/8: 4 pixels at 32, 28 at 224).
+        augmentation: "crop_flip", "shift_flip" (bilinear, see `augment.ShiftFlip`), "crop", "flip" or "none".
+        crop_padding: zeros added before the crop, as a share of the shorter side (1/8: 4 pixels at 32, 28 at 224);
+            the largest shift of "shift_flip", as a share of each side.
 
     Raises:
         ValueError: a value outside its range; both or neither of `epochs` and `steps`.
@@ -127,7 +128,17 @@ def recipe(name: str, **changes: Any) -> Recipe:
         near = difflib.get_close_matches(name, RECIPES, n=3, cutoff=0.5)
         hint = f"did you mean {' or '.join(near)}?" if near else f"they are {', '.join(RECIPES)}"
         raise ValueError(f"no recipe is named {name!r}: {hint}")
+    return changed(RECIPES[name], **changes)
+
+
+def changed(recipe: Recipe, **changes: Any) -> Recipe:
+    """A recipe with some of its fields changed; a new length in epochs replaces one in steps, and vice versa.
+
+    Raises:
+        ValueError: a value outside its range.
+        TypeError: no field of this name.
+    """
     for given, other in (("epochs", "steps"), ("steps", "epochs")):
         if changes.get(given) is not None and other not in changes:
             changes[other] = None
-    return dataclasses.replace(RECIPES[name], **changes)
+    return dataclasses.replace(recipe, **changes)

@@ -8,6 +8,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
 from hf_unlearnable.result import Result
+from hf_unlearnable.surrogate import Surrogate
 
 COLOURS = {"train": "#0072B2", "validation": "#E69F00", "test": "#D55E00"}
 
@@ -47,7 +48,33 @@ def curves(result: Result, path: str | Path) -> None:
         axes.xaxis.set_major_locator(MaxNLocator(integer=True))
         axes.grid(alpha=0.3)
         axes.legend(fontsize="small")
-    partial = Path(path).with_name(f".{Path(path).name}.partial")
+    _save(figure, Path(path))
+
+
+def surrogate_curves(surrogate: Surrogate, path: str | Path) -> None:
+    """Draw what a surrogate's training noted, one panel a quantity, as a PNG."""
+    points = surrogate.provenance["curve"]
+    names = list(dict.fromkeys(name for point in points for name in point if name != "step"))
+    figure = Figure(figsize=(5 * max(1, len(names)), 4), layout="constrained")
+    FigureCanvasAgg(figure)
+    known = surrogate.provenance
+    figure.suptitle(
+        f"{surrogate.method}: surrogate {known['backbone']}, {known['data']['rows']:,} rows, {known['steps']:,} steps",
+        fontsize="medium",
+    )
+    for axes, name in zip(figure.subplots(1, max(1, len(names)), squeeze=False)[0], names, strict=False):
+        found = [(point["step"], point[name]) for point in points if name in point]
+        axes.plot(*zip(*found, strict=True), color=COLOURS["train"], marker=_marker(len(found)), markersize=4)
+        axes.set(xlabel="step", ylabel=name)
+        lowest, highest = min(value for _, value in found), max(value for _, value in found)
+        axes.set_ylim(min(0, 1.05 * lowest), max(0, 1.05 * highest) or 1)
+        axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+        axes.grid(alpha=0.3)
+    _save(figure, Path(path))
+
+
+def _save(figure: Figure, path: Path) -> None:
+    partial = path.with_name(f".{path.name}.partial")
     figure.savefig(partial, dpi=120, format="png")
     os.replace(partial, path)
 

@@ -7,7 +7,7 @@ import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Self
+from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -34,7 +34,8 @@ class Surrogate:
         classes: names of the classes in label order; empty for a method that needs no labels.
         image_size: height and width in pixels of the pictures it was trained on.
         networks: for every network how it is made: {"backbone": timm's name, "num_classes": k, "mean": [3 numbers],
-            "std": [3 numbers]}. Its weights are the tensors "NAME.WEIGHT".
+            "std": [3 numbers]}, and "image_size": [height, width] where it is not the pictures'. Its weights are the
+            tensors "NAME.WEIGHT".
         tensors: all tensors by name, on the CPU.
         provenance: what else is known of the training, as JSON values: data, recipe, seed, versions, hardware, curve.
         path: the file it was loaded from or saved to.
@@ -79,7 +80,7 @@ class Surrogate:
             network = create_network(
                 how["backbone"],
                 num_classes=how["num_classes"],
-                image_size=self.image_size,
+                image_size=tuple(how.get("image_size", self.image_size)),
                 seed=0,
                 mean=how["mean"],
                 std=how["std"],
@@ -115,7 +116,7 @@ class Surrogate:
         return path
 
     @classmethod
-    def load(cls, source: str | Path, *, revision: str | None = None) -> Self:
+    def load(cls, source: str | Path, *, revision: str | None = None) -> "Surrogate":
         """Read a surrogate and check its digest.
 
         Args:

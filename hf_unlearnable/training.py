@@ -9,10 +9,10 @@ from accelerate import Accelerator
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from hf_unlearnable.augment import Augmentation, CropFlip, take
+from hf_unlearnable.augment import Augmentation, CropFlip, ShiftFlip, take
 from hf_unlearnable.batches import Batch, Batches
 from hf_unlearnable.images import Images, Pixels, to_float
-from hf_unlearnable.keys import torch_generator
+from hf_unlearnable.keys import Key, torch_generator
 from hf_unlearnable.recipes import Recipe
 
 
@@ -20,7 +20,7 @@ class Unfinished(RuntimeError):
     """The time was up before the training was: the same call with the same arguments goes on."""
 
 
-def stream(training: Batches, recipe: Recipe, seed: int, rank: int, world: int, step: int) -> Iterator[Batch]:
+def stream(training: Batches, recipe: Recipe, seed: Key, rank: int, world: int, step: int) -> Iterator[Batch]:
     """This process's batches from optimiser step `step` on, without end."""
     epoch, done = divmod(step, training.steps(recipe.batch_size, drop_last=recipe.drop_last))
     while True:
@@ -38,12 +38,14 @@ def stream(training: Batches, recipe: Recipe, seed: int, rank: int, world: int, 
 
 def standard_augmentation(recipe: Recipe, image_size: tuple[int, int]) -> Augmentation | None:
     """The recipe's crop and flip for pictures of this size."""
+    if recipe.augmentation == "shift_flip":
+        return ShiftFlip(shift=recipe.crop_padding)
     padding = round(recipe.crop_padding * min(image_size)) if "crop" in recipe.augmentation else 0
     flip = 0.5 if "flip" in recipe.augmentation else 0.0
     return CropFlip(padding=padding, flip=flip) if padding or flip else None
 
 
-def augmented(batch: Batch, augmentation: Augmentation | None, seed: int, step: int) -> Pixels:
+def augmented(batch: Batch, augmentation: Augmentation | None, seed: Key, step: int) -> Pixels:
     """The batch under views that do not depend on the number of processes."""
     if augmentation is None:
         return batch.pixels
@@ -82,7 +84,7 @@ def average_over_processes(
     return mean_sums * accelerator.num_processes
 
 
-def seed_layers(seed: int, step: int, rank: int, device: torch.device) -> None:
+def seed_layers(seed: Key, step: int, rank: int, device: torch.device) -> None:
     """Dropout and the like draw from torch's global generators, which are the training's own here."""
     number = torch_generator(seed, "layers", step, rank).initial_seed()
     torch.default_generator.manual_seed(number)

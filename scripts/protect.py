@@ -2,13 +2,15 @@
 
     python scripts/protect.py --dataset demo --poison cuda --seed 7 --output out/demo
     python scripts/protect.py --dataset path/or/hub-id --poison cuda --key-file key --output out/cuda
+    python scripts/protect.py --dataset path/or/hub-id --poison min-max-min --surrogate mmm.safetensors --output out/mmm
 
 `python scripts/protect.py --poison cuda --help` lists the settings of a poison.
 """
 
 import argparse
+import dataclasses
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
 
@@ -23,10 +25,18 @@ POISONS: dict[str, type[hu.Poison]] = {
     "ar": hu.ArPoison,
     "cuda": hu.CudaPoison,
     "lsp": hu.LspPoison,
+    "min-max-min": hu.MinMaxMinPoison,
     "ops": hu.OpsPoison,
     "random-noise": hu.RandomNoisePoison,
+    "robust-em": hu.RobustEmPoison,
+    "sem": hu.SemPoison,
 }
-SETTLED = ("seed", "classes", "num_classes", "pixels", "size")
+SETTLED = ("seed", "classes", "num_classes", "pixels", "size", "surrogate")
+
+
+def settled(poison_class: type[hu.Poison]) -> tuple[str, ...]:
+    """The fields that the command line cannot change."""
+    return SETTLED + tuple(f.name for f in dataclasses.fields(poison_class) if f.metadata.get("settled"))
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -40,7 +50,10 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--config", help="configuration of a Hub dataset")
     parser.add_argument("--split", help="default: the only one, or train")
     parser.add_argument("--poison", required=True, help=", ".join(POISONS))
-    key = parser.add_mutually_exclusive_group(required=True)
+    learns = issubclass(POISONS.get(name or "", hu.Poison), hu.SurrogatePoison)
+    if learns:
+        parser.add_argument("--surrogate", required=True, help="file or Hub id; scripts/train_surrogate.py makes one")
+    key = parser.add_mutually_exclusive_group(required=not learns)
     key.add_argument("--key-file", type=Path, help="a secret key; python scripts/keygen.py makes one")
     key.add_argument("--seed", type=int, help="an int seed: reproducible, and guessable by a trainer")
     parser.add_argument("--output", required=True, type=Path, help="folder to make")
@@ -51,7 +64,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--batch-size", type=int, default=500, help="pictures held at a time (default: 500)")
     parser.add_argument("--protect-classes", nargs="+", help="names or numbers of the classes to protect; default: all")
     if name in POISONS:
-        options.add_fields(parser.add_argument_group(f"settings of {name}"), POISONS[name], skip=SETTLED)
+        options.add_fields(parser.add_argument_group(f"settings of {name}"), POISONS[name], skip=settled(POISONS[name]))
     elif name is not None:
         parser.error(f"there is no poison {name!r}{sources.near(name, POISONS)}: {', '.join(POISONS)}")
     arguments = parser.parse_args(argv)
@@ -67,12 +80,18 @@ def run(arguments: argparse.Namespace, poison_class: type[hu.Poison]) -> None:
         if arguments.rows < 1:
             raise ValueError(f"--rows is 1 or more, got {arguments.rows}")
         dataset = dataset.select(range(min(arguments.rows, len(dataset))))
-    settings = options.given(arguments, poison_class, skip=SETTLED)
-    seed = arguments.seed if arguments.seed is not None else read_key(arguments.key_file)
+    settings = options.given(arguments, poison_class, skip=settled(poison_class))
+    seed = arguments.seed
+    if arguments.key_file is not None:
+        seed = read_key(arguments.key_file)
     if arguments.protect_classes:
         label = columns.label_column(dataset.features, settings.get("label_column"))
         settings["classes"] = columns.labels_of(dataset.features, label, arguments.protect_classes)
-    make = poison_class if poison_class is not hu.OpsPoison else partial(hu.OpsPoison.fit, dataset)
+    make: Callable[..., hu.Poison] = poison_class
+    if issubclass(poison_class, hu.SurrogatePoison):
+        make = partial(poison_class.from_surrogate, arguments.surrogate)
+    elif poison_class is hu.OpsPoison:
+        make = partial(hu.OpsPoison.fit, dataset)
     poison = make(seed=seed, **settings)
     record = protect(
         dataset,

@@ -41,7 +41,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "preview": {"images"},
     "card": {"record"},
     "protect": {"record", "card", "preview", "metrics", "poisons"} | L0 | L1,
-    "report": {"record", "result"},
+    "report": {"record", "result", "surrogate"},
 }
 
 

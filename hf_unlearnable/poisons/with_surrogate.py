@@ -4,7 +4,7 @@ import dataclasses
 from collections.abc import Sequence
 from dataclasses import dataclass, field, fields
 from pathlib import Path
-from typing import Any, ClassVar, Self
+from typing import Any, ClassVar, TypeVar
 
 import torch
 from accelerate import Accelerator
@@ -14,10 +14,12 @@ from hf_unlearnable.batches import Batches
 from hf_unlearnable.environment import hardware, versions
 from hf_unlearnable.fitting import Fit, Setup
 from hf_unlearnable.images import Images, Labels
-from hf_unlearnable.keys import Key, cache_tag, subkey
+from hf_unlearnable.keys import Key, cache_tag, check_key, commitment, subkey
 from hf_unlearnable.poisons.base import Draws, Poison
 from hf_unlearnable.recipes import Recipe
 from hf_unlearnable.surrogate import Surrogate
+
+P = TypeVar("P", bound="SurrogatePoison")
 
 
 def settled(default: Any) -> Any:
@@ -77,7 +79,7 @@ class SurrogatePoison(Poison):
     # Final.
 
     @classmethod
-    def from_surrogate(cls, source: Surrogate | str | Path, *, seed: Key | None = None, **changes: Any) -> Self:
+    def from_surrogate(cls: type[P], source: Surrogate | str | Path, *, seed: Key | None = None, **changes: Any) -> P:
         """The poison of a surrogate, with the settings that it was trained for.
 
         Args:
@@ -109,7 +111,7 @@ class SurrogatePoison(Poison):
         self,
         train: Batches,
         *,
-        seed: int = 0,
+        seed: Key = 0,
         recipe: Recipe | None = None,
         backbone: str | None = None,
         accelerator: Accelerator | None = None,
@@ -126,7 +128,8 @@ class SurrogatePoison(Poison):
         Args:
             train: the clean training rows.
             seed: of initial weights, order, augmentation and random starts; an uninterrupted training and a resumed
-                one with the same seed give the same surrogate (bit for bit on a CPU).
+                one with the same seed give the same surrogate (bit for bit on a CPU). Who has the clean pictures and
+                an int seed, which the provenance tells, can train the surrogate again; under a 32-byte secret not.
             recipe: how to train; default: the paper's (the class's `recipe`).
             backbone: a short name or any name of timm; default: the paper's.
             test, measure_every: clean rows on which the surrogate's accuracy is measured during training, now and then.
@@ -138,7 +141,7 @@ class SurrogatePoison(Poison):
             ValueError: a class without rows, fewer rows than the method needs, or as `fitting.run`.
             Unfinished, FloatingPointError, KeyboardInterrupt: as `fitting.run`.
         """
-        accelerator = accelerator or Accelerator()
+        accelerator, seed = accelerator or Accelerator(), check_key(seed)
         recipe, backbone = recipe or self.recipe, backbone or self.backbone
         _check_rows(train, recipe, needs_labels=self.uses_labels)
         if test is not None:
@@ -153,7 +156,7 @@ class SurrogatePoison(Poison):
             "settings": settings,
             "recipe": dataclasses.asdict(recipe),
             "backbone": backbone,
-            "seed": seed,
+            "seed": seed if isinstance(seed, int) else commitment(seed),
             "precision": accelerator.mixed_precision,
             "data": {"source": source, "rows": len(train), "sha256": train.digest()},
         }
@@ -176,6 +179,8 @@ class SurrogatePoison(Poison):
                 "mean": network.mean.flatten().tolist(),
                 "std": network.std.flatten().tolist(),
             }
+            if network.image_size is not None and network.image_size != train.image_size:
+                networks[name]["image_size"] = list(network.image_size)
             tensors |= {f"{name}.{key}": value.detach().cpu() for key, value in network.state_dict().items()}
         provenance = {
             **{name: what[name] for name in ("version", "recipe", "backbone", "seed", "data")},

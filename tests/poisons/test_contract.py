@@ -3,24 +3,66 @@
 import dataclasses
 import pickle
 from collections.abc import Callable
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
 from datasets import Dataset, Image
 
-from hf_unlearnable import ArPoison, CudaPoison, LspPoison, OpsPoison, Poison, RandomNoisePoison
+from hf_unlearnable import (
+    ArPoison,
+    CudaPoison,
+    LspPoison,
+    MinMaxMinPoison,
+    OpsPoison,
+    Poison,
+    RandomNoisePoison,
+    RobustEmPoison,
+    SemPoison,
+    Surrogate,
+    SurrogatePoison,
+)
+from hf_unlearnable.batches import Batches
+from hf_unlearnable.recipes import changed
 from tests.conftest import make_dataset, noise_pictures, pixels
 
 SECRET = bytes(range(32))
 ROWS = 40
+
+
+def fitted(poison: SurrogatePoison, **how: Any) -> Callable[[Dataset, int | bytes], Poison]:
+    """A poison whose surrogate is trained for a moment, once for all tests."""
+    known: list[Surrogate] = []
+
+    def make(source: Dataset, seed: int | bytes) -> Poison:
+        if not known:
+            recipe = changed(poison.recipe, batch_size=20, **how)
+            rows = Batches.load(source, progress=False)
+            known.append(poison.fit(rows, recipe=recipe, backbone="tiny", progress=False))
+        return poison.from_surrogate(known[0], seed=seed)
+
+    return make
+
+
+QUICK: dict[str, Any] = {"pgd_steps": 2, "pgd_step_size": 5 / 255, "eot": 1, "adversarial_steps": 1}
 POISONS: dict[str, Callable[[Dataset, int | bytes], Poison]] = {
     "ar": lambda _, seed: ArPoison(seed=seed, num_classes=4),
     "cuda": lambda _, seed: CudaPoison(seed=seed),
     "lsp": lambda _, seed: LspPoison(seed=seed),
+    "min-max-min": fitted(MinMaxMinPoison(**QUICK), steps=3),
     "ops": lambda source, seed: OpsPoison.fit(source, seed=seed, progress=False),
     "random-noise": lambda _, seed: RandomNoisePoison(seed=seed),
+    "robust-em": fitted(RobustEmPoison(**QUICK), steps=3),
+    "sem": fitted(SemPoison(**QUICK), steps=3),
 }
+KEYLESS = {"ops": "its pixels follow from the data, not from the key"}
+"""Poisons without randomness of their own."""
+
+
+def same(one: np.ndarray, other: np.ndarray, poison: Poison) -> bool:
+    """Equal pixels. A network's arithmetic may differ in its last bits between batch shapes: one value in a hundred."""
+    return bool((one != other).mean() <= (0.01 if isinstance(poison, SurrogatePoison) else 0.0))
 
 
 @pytest.fixture(scope="module")
@@ -35,7 +77,10 @@ def name(request: pytest.FixtureRequest) -> str:
 
 @pytest.fixture(params=[7, SECRET], ids=["int", "secret"])
 def poison(name: str, source: Dataset, request: pytest.FixtureRequest) -> Poison:
-    return POISONS[name](source, request.param)
+    poison = POISONS[name](source, request.param)
+    if isinstance(poison, SurrogatePoison) and request.param == 7:
+        pytest.skip("one kind of key is enough where a network takes its time")
+    return poison
 
 
 def test_the_name_is_the_tables(poison: Poison, name: str) -> None:
@@ -52,17 +97,17 @@ def test_it_is_a_value(poison: Poison, source: Dataset) -> None:
 
 def test_every_way_of_mapping_gives_the_same_pixels(poison: Poison, source: Dataset) -> None:
     expected = pixels(source.map(poison, keep_in_memory=True))
-    assert np.array_equal(pixels(source.map(poison, batched=True, batch_size=7)), expected)
-    assert np.array_equal(pixels(poison.apply(source)), expected)
+    assert same(pixels(source.map(poison, batched=True, batch_size=7)), expected, poison)
+    assert same(pixels(poison.apply(source)), expected, poison)
     stream = source.to_iterable_dataset().map(poison, batched=True, batch_size=9)
-    assert np.array_equal(np.stack([np.asarray(row["img"]) for row in stream]), expected)
+    assert same(np.stack([np.asarray(row["img"]) for row in stream]), expected, poison)
     order = np.random.default_rng(0).permutation(ROWS)
-    assert np.array_equal(pixels(source.select(order).map(poison, batched=True)), expected[order])
+    assert same(pixels(source.select(order).map(poison, batched=True)), expected[order], poison)
 
 
 def test_processes_give_the_same_pixels(name: str, source: Dataset) -> None:
     poison = POISONS[name](source, 7)
-    assert np.array_equal(pixels(poison.apply(source, num_proc=2)), pixels(poison.apply(source)))
+    assert same(pixels(poison.apply(source, num_proc=2)), pixels(poison.apply(source)), poison)
 
 
 def test_the_budget_is_kept_and_something_changed(poison: Poison, source: Dataset) -> None:
@@ -88,8 +133,8 @@ def test_the_generator_keeps_shape_device_type_and_inputs(poison: Poison, source
 
 
 def test_another_key_gives_other_pixels(name: str, source: Dataset) -> None:
-    if name == "ops":
-        pytest.skip("its pixels follow from the data, not from the key")
+    if name in KEYLESS:
+        pytest.skip(KEYLESS[name])
     found = [pixels(POISONS[name](source, seed).apply(source)) for seed in (7, 8, SECRET)]
     assert not np.array_equal(found[0], found[1])
     assert not np.array_equal(found[0], found[2])
@@ -112,7 +157,7 @@ def test_rows_are_nested_and_untouched_ones_share_the_container(name: str, sourc
         applied = dataclasses.replace(whole, poison_rate=rate).apply(source)
         now = pixels(applied)
         changed = (now != before).any((1, 2, 3))
-        assert np.array_equal(now[changed], full[changed])
+        assert same(now[changed], full[changed], whole)
         assert (changed >= last).all()
         last = changed
         heads = {row["bytes"][:8] for row in applied.cast_column("img", Image(decode=False))["img"]}
@@ -129,7 +174,7 @@ def test_rows_are_the_same_for_every_method(name: str, source: Dataset) -> None:
 def test_mapped_rates_are_keyed_draws_of_each_row(name: str, source: Dataset) -> None:
     poison = dataclasses.replace(POISONS[name](source, 7), poison_rate=0.5)
     expected = pixels(source.map(poison, keep_in_memory=True))
-    assert np.array_equal(pixels(source.map(poison, batched=True, batch_size=9)), expected)
+    assert same(pixels(source.map(poison, batched=True, batch_size=9)), expected, poison)
     share = (expected != pixels(source)).any((1, 2, 3)).mean()
     assert 0.2 < share < 0.8
 
@@ -148,7 +193,7 @@ def test_chosen_classes(name: str, source: Dataset) -> None:
 
 
 def test_pictures_of_other_shapes(name: str, source: Dataset) -> None:
-    if name == "ops":
+    if name == "ops" or isinstance(POISONS[name](source, 7), SurrogatePoison):
         pytest.skip("fitted to one size")
     for height, width in ((16, 40), (33, 31), (100, 130)):
         odd = make_dataset(noise_pictures(3, height, width), [0, 1, 2])
