@@ -112,7 +112,7 @@ def run(arguments: argparse.Namespace, accelerator: Accelerator) -> int:
     if output.exists() and not arguments.overwrite:
         raise FileExistsError(f"{output} exists: --overwrite, or choose another --output")
     poison = poison_class(**options.given(arguments, poison_class, skip=BASE))
-    recipe = changed(poison_class.recipe, **options.given(arguments, Recipe, skip=("name",)))
+    recipe = changed(poison.recipe, **options.given(arguments, Recipe, skip=("name",)))
     accelerator.wait_for_everyone()
     if arguments.overwrite and accelerator.is_main_process:
         checkpoint.unlink(missing_ok=True)
