@@ -41,6 +41,7 @@ default_cfgs = generate_default_cfgs(
         "cifar_resnet18": _cfg("conv1", "fc"),
         "cifar_resnet50": _cfg("conv1", "fc"),
         "cifar_wrn34_10": _cfg("conv1", "fc"),
+        "cifar_vgg11_bn": _cfg("features.0", "classifier"),
         "cifar_vgg16_bn": _cfg("features.0", "classifier"),
         "cifar_densenet121": _cfg("features.conv0", "classifier"),
         "cifar_densenet121_imagenet_stem": _cfg("features.conv0", "classifier"),
@@ -183,6 +184,16 @@ class PlainConvNet(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         return self.forward_head(self.forward_features(x))
+
+
+@register_model
+def cifar_vgg11_bn(pretrained: bool = False, **kwargs: Any) -> PlainConvNet:
+    """VGG-11-BN with one linear layer as its head: 9,231,114 parameters for 10 classes, a 1x1 map at 32 pixels.
+
+    Source: pytorch-cifar, and DeepConfuse's repository (METHODS 13), whose head is another. Deviations: none.
+    """
+    stages = ((64,), (128,), (256, 256), (512, 512), (512, 512))
+    return build_model_with_cfg(PlainConvNet, "cifar_vgg11_bn", pretrained, stages=stages, **kwargs)
 
 
 @register_model

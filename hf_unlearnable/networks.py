@@ -23,6 +23,7 @@ SMALL = 64
 SHORT_NAMES: dict[str, tuple[str, str]] = {
     "resnet18": ("cifar_resnet18", "resnet18"),
     "resnet50": ("cifar_resnet50", "resnet50"),
+    "vgg11_bn": ("cifar_vgg11_bn", "vgg11_bn"),
     "vgg16_bn": ("cifar_vgg16_bn", "vgg16_bn"),
     "densenet121": ("cifar_densenet121", "densenet121"),
     "wrn34_10": ("cifar_wrn34_10", "cifar_wrn34_10"),
@@ -47,6 +48,8 @@ class Network(nn.Module):
 
     mean: Tensor
     std: Tensor
+    image_size: tuple[int, int] | None = None
+    """The height and width that `create_network` was told."""
 
     def __init__(
         self, backbone: nn.Module, mean: Sequence[float] = (0.0, 0.0, 0.0), std: Sequence[float] = (1.0, 1.0, 1.0)
@@ -147,7 +150,9 @@ def create_network(
         else:
             model = timm.create_model(name, num_classes=num_classes, pretrained=pretrained, **options)
         own = model.pretrained_cfg if pretrained else {"mean": (0.0, 0.0, 0.0), "std": (1.0, 1.0, 1.0)}
-        return Network(model, own["mean"] if mean is None else mean, own["std"] if std is None else std)
+        network = Network(model, own["mean"] if mean is None else mean, own["std"] if std is None else std)
+    network.image_size = size
+    return network
 
 
 def _timm_name(backbone: str, small: bool) -> str:

@@ -50,7 +50,6 @@ class Recipe:
     crop_padding: float = 0.125
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "milestones", tuple(self.milestones))
         if (self.epochs is None) == (self.steps is None):
             raise ValueError(f"expected either epochs or steps, got epochs={self.epochs}, steps={self.steps}")
         for field, least in (("epochs", 1), ("steps", 1), ("batch_size", 1), ("learning_rate", 0), ("weight_decay", 0)):

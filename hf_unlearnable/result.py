@@ -170,7 +170,8 @@ class Result:
                 raise ValueError(f"its schema is {values['schema']!r}")
             values["curve"] = tuple(Epoch(**point) for point in values["curve"])
             values["confusion"] = tuple(tuple(row) for row in values["confusion"])
-            values["recipe"] = Recipe(**values["recipe"])
+            kept = values["recipe"]
+            values["recipe"] = Recipe(**{**kept, "milestones": tuple(kept["milestones"])})
             for name in ("class_accuracy", "classes", "image_size"):
                 values[name] = tuple(values[name])
             return cls(**values)

@@ -2,14 +2,23 @@
 
     python scripts/benchmark.py map                      # pictures that the project draws; --quick for a short look
     python scripts/benchmark.py map --dataset ../shared/data/cifar10 --dataset ../shared/data/imagenette-224-subset
+    python scripts/benchmark.py surrogate --dataset ../shared/data/cifar10
 
 `map` compares, at each picture size: a lossless identity map (decode, re-encode, no poison), the CUDA map, the usual
 identity map (PIL, default PNG), CUDA as it is usually written (the same, row by row, one convolution a picture), and
 the arithmetic alone against that loop.
+
+`surrogate` compares one step of a surrogate's training at the paper's settings, and the map of its poison over the
+pictures, with one step of plain training (forward, backward, SGD) of the same network on a batch. Beside it stands the
+ideal: the forward-backward passes that the method consists of, in batches. A pass of an attack needs no gradients of
+weights, so a ratio may lie below its ideal. "tiny" is the network on a CPU, ResNet-18 (bf16) on a GPU.
+
 Rounds alternate between the variants; a ratio is the median over rounds of the ratio within a round.
 """
 
 import argparse
+import dataclasses
+import itertools
 import json
 import os
 import platform
@@ -18,8 +27,9 @@ import statistics
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -28,13 +38,19 @@ import numpy as np
 import PIL.Image
 import torch
 import torch.nn.functional as F
+from accelerate import Accelerator
 from datasets import ClassLabel, Dataset, Features, Image
 
+import hf_unlearnable as hu
 from hf_unlearnable import CudaPoison, Transform, columns, sources
-from hf_unlearnable.environment import versions
+from hf_unlearnable.batches import Batches
+from hf_unlearnable.environment import hardware, versions
+from hf_unlearnable.fitting import Setup
 from hf_unlearnable.images import decode_many
 from hf_unlearnable.keys import numpy_generator
 from hf_unlearnable.poisons.base import Draws
+from hf_unlearnable.recipes import Recipe
+from hf_unlearnable.training import as_input, own_randomness
 
 SEED = 7
 
@@ -223,6 +239,109 @@ def peak_memory(plain: Dataset, poison: CudaPoison, rows: int) -> float:
     return float(found) / 1024 if found else float("nan")
 
 
+SURROGATES: dict[str, hu.SurrogatePoison] = {
+    "robust-em": hu.RobustEmPoison(),
+    "sem": hu.SemPoison(),
+    "min-max-min": hu.MinMaxMinPoison(),
+    "em": hu.EmPoison(max_rounds=1),
+    "pil": hu.PilPoison(),
+}
+
+
+def benchmark_surrogate(source: Dataset, name: str, rounds: int, quick: bool) -> dict[str, Any]:
+    accelerator = Accelerator(mixed_precision="bf16" if torch.cuda.is_available() else "no")
+    device = str(accelerator.device)
+    backbone = "resnet18" if device.startswith("cuda") else "tiny"
+    train = Batches.load(source, progress=False, device=device)
+    batch = min(16 if quick else 128, len(train))
+    poisons = {
+        title: dataclasses.replace(poison, pgd_steps=2, eot=1, adversarial_steps=1)
+        if quick and isinstance(poison, hu.RobustEmPoison)
+        else poison
+        for title, poison in SURROGATES.items()
+    }
+    recipe = Recipe(name="benchmark", steps=1000, batch_size=batch, schedule="constant", augmentation="none")
+    setup = Setup(train=train, recipe=recipe, backbone=backbone, seed=SEED, accelerator=accelerator)
+    network = setup.network()
+    optimizer = setup.sgd(network)
+    x, y = as_input(train.pixels[:batch]), train.labels[:batch]
+
+    def plain() -> None:
+        optimizer.zero_grad()
+        with accelerator.autocast():
+            loss = F.cross_entropy(network(x).float(), y)
+        loss.backward()
+        optimizer.step()
+        wait(device)
+
+    def steps_of(poison: hu.SurrogatePoison, numbers: Iterator[int]) -> Callable[[], None]:
+        linear = isinstance(poison, hu.PilPoison)
+        fit = poison.fitting(dataclasses.replace(setup, backbone=poison.backbone if linear else backbone))
+
+        def one() -> None:
+            fit.step(next(numbers))
+            wait(device)
+
+        return one
+
+    steps: dict[str, Callable[[], object]] = {"plain training": plain}
+    ideal: dict[str, float | None] = {"plain training": 1.0}
+    for title, poison in poisons.items():
+        if isinstance(poison, hu.EmPoison):
+            first = poison.train_steps_per_round
+            steps["em, network"] = steps_of(poison, itertools.cycle(range(first)))
+            steps["em, noise"] = steps_of(poison, itertools.cycle(range(first, first + len(train) // batch)))
+            ideal |= {"em, network": 1.0, "em, noise": float(poison.pgd_steps or 0)}
+        else:
+            steps[title] = steps_of(poison, itertools.count())
+            linear = isinstance(poison, hu.PilPoison)
+            ideal[title] = None if linear else poison.fitting(setup).passes
+    with own_randomness(accelerator.device):
+        for function in steps.values():
+            function()
+        one_step = compare(steps, dict.fromkeys(steps, 1), rounds)
+
+    plain_source = source.cast_column(columns.image_column(source.features), Image(decode=False))
+    maps: dict[str, Callable[[], object]] = {"plain training": plain}
+    passes: dict[str, float | None] = {"plain training": 1.0}
+    for title, poison in poisons.items():
+        linear = isinstance(poison, hu.PilPoison)
+        known = poison.fit(
+            train,
+            recipe=dataclasses.replace(recipe, steps=1),
+            backbone=poison.backbone if linear else backbone,
+            accelerator=accelerator,
+            progress=False,
+        )
+        made = dataclasses.replace(type(poison).from_surrogate(known), device=device)
+        maps[title] = partial(mapped, plain_source, made, batched=True, batch_size=500)
+        passes[title] = None
+        if isinstance(poison, hu.RobustEmPoison):
+            noise = poison.noise_pgd(train.image_size)
+            inner = 0 if noise.inner is None else noise.inner.steps
+            passes[title] = noise.steps * noise.eot * (1 + inner) * len(source) / batch
+    over_map = compare(maps, dict.fromkeys(maps, 1), 1 if quick else max(1, rounds // 3))
+    titles = (("one step", one_step, ideal), (f"map of {len(source)} pictures", over_map, passes))
+    return {
+        "data": name,
+        "network": f"{backbone} on {hardware(accelerator)['device']}",
+        "batch": batch,
+        **{
+            title: {variant: beside(values["time_over_first"], wanted[variant]) for variant, values in found.items()}
+            for title, found, wanted in titles
+        },
+    }
+
+
+def beside(ratio: float, ideal: float | None) -> dict[str, float]:
+    return {"plain_steps": ratio} | ({} if ideal is None else {"ideal": ideal, "over_ideal": ratio / ideal})
+
+
+def wait(device: str) -> None:
+    if device.startswith("cuda"):
+        torch.cuda.synchronize()
+
+
 def show(value: Any, indent: int = 0) -> None:
     for name, inner in value.items():
         if isinstance(inner, dict) and any(isinstance(v, dict) for v in inner.values()):
@@ -236,9 +355,9 @@ def show(value: Any, indent: int = 0) -> None:
 
 def main(argv: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("what", choices=["map"])
+    parser.add_argument("what", choices=["map", "surrogate"])
     parser.add_argument("--dataset", action="append", help="pictures to use instead of drawn ones; may be repeated")
-    parser.add_argument("--rows", type=int, help="default: 4000 below 96 pixels, 160 above")
+    parser.add_argument("--rows", type=int, help="default: 4000 (surrogate: 1000) below 96 pixels, 160 above")
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--quick", action="store_true", help="a tenth of the rows, one round: to see that it runs")
     parser.add_argument("--output", type=Path, help="write the figures as JSON")
@@ -246,21 +365,25 @@ def main(argv: Sequence[str] | None = None) -> None:
     datasets.disable_progress_bars()
     share = 10 if arguments.quick else 1
     rounds = 1 if arguments.quick else arguments.rounds
+    usual = 4000 if arguments.what == "map" else 1000
     inputs: list[tuple[str, Dataset]] = []
     try:
         for name in arguments.dataset or []:
             source = sources.load_split(name)
             small = min(source[0][columns.image_column(source.features)].size) < 96
-            rows = arguments.rows or (4000 if small else 160) // share
+            rows = arguments.rows or (usual if small else 160) // share
             inputs.append((Path(name).name, source.select(range(min(rows, len(source))))))
         if not inputs:
-            for size, rows in ((32, 4000), (224, 160)):
+            for size, rows in ((32, usual), (224, 160))[: 1 if arguments.what == "surrogate" else 2]:
                 inputs.append((f"drawn, {size} px", drawn((arguments.rows or rows) // share, size)))
     except (ValueError, OSError) as error:
         sys.exit(f"benchmark.py: {error}")
     report = {"machine": f"{platform.machine()}, {os.cpu_count()} cores", "torch threads": torch.get_num_threads()}
     report["rounds"] = rounds
-    results = [benchmark_map(source, name, rounds) for name, source in inputs]
+    if arguments.what == "map":
+        results = [benchmark_map(source, name, rounds) for name, source in inputs]
+    else:
+        results = [benchmark_surrogate(source, name, rounds, arguments.quick) for name, source in inputs]
     show(report)
     for result in results:
         print()

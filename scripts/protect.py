@@ -23,13 +23,21 @@ from hf_unlearnable.protect import protect
 
 POISONS: dict[str, type[hu.Poison]] = {
     "ar": hu.ArPoison,
+    "clusters": hu.ClustersPoison,
     "cuda": hu.CudaPoison,
+    "deep-confuse": hu.DeepConfusePoison,
+    "em": hu.EmPoison,
+    "entf": hu.EntfPoison,
+    "hypo": hu.HypoPoison,
     "lsp": hu.LspPoison,
     "min-max-min": hu.MinMaxMinPoison,
+    "ntga": hu.NtgaPoison,
     "ops": hu.OpsPoison,
+    "pil": hu.PilPoison,
     "random-noise": hu.RandomNoisePoison,
     "robust-em": hu.RobustEmPoison,
     "sem": hu.SemPoison,
+    "tap": hu.TapPoison,
 }
 SETTLED = ("seed", "classes", "num_classes", "pixels", "size", "surrogate")
 

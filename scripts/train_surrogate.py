@@ -30,9 +30,17 @@ from hf_unlearnable.recipes import Recipe, changed
 from hf_unlearnable.training import Unfinished
 
 METHODS: dict[str, type[hu.SurrogatePoison]] = {
+    "clusters": hu.ClustersPoison,
+    "deep-confuse": hu.DeepConfusePoison,
+    "em": hu.EmPoison,
+    "entf": hu.EntfPoison,
+    "hypo": hu.HypoPoison,
     "min-max-min": hu.MinMaxMinPoison,
+    "ntga": hu.NtgaPoison,
+    "pil": hu.PilPoison,
     "robust-em": hu.RobustEmPoison,
     "sem": hu.SemPoison,
+    "tap": hu.TapPoison,
 }
 BASE = tuple(field.name for field in dataclasses.fields(hu.SurrogatePoison))
 

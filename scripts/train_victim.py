@@ -17,6 +17,7 @@ Exit status: 0 finished, 1 error, 2 wrong command line, 75 out of time (--max-mi
 """
 
 import argparse
+import dataclasses
 import json
 import shutil
 import sys
@@ -32,6 +33,7 @@ from safetensors.torch import save_file
 
 from hf_unlearnable import options, report, sources
 from hf_unlearnable.batches import Batches
+from hf_unlearnable.defenses.adversarial import Adversarial
 from hf_unlearnable.defenses.base import Defense
 from hf_unlearnable.defenses.erm import Erm
 from hf_unlearnable.networks import SHORT_NAMES, create_network
@@ -40,7 +42,7 @@ from hf_unlearnable.result import Result, summary
 from hf_unlearnable.training import Unfinished
 from hf_unlearnable.victim import train
 
-DEFENSES: dict[str, type[Defense]] = {"erm": Erm}
+DEFENSES: dict[str, type[Defense]] = {"adversarial": Adversarial, "erm": Erm}
 NOT_IDENTITY = ("output", "overwrite", "seeds", "max_minutes", "cpu", "progress")
 
 
@@ -66,6 +68,9 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
+    first = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    first.add_argument("--defense", default="erm")
+    defense = first.parse_known_args(argv)[0].defense
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
     )
@@ -92,18 +97,22 @@ def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--cpu", action="store_true", help="do not use a GPU")
     parser.add_argument("--progress", action=argparse.BooleanOptionalAction, default=True)
     options.add_fields(parser.add_argument_group("changes to the recipe"), Recipe, skip=("name",))
-    arguments = parser.parse_args(argv)
+    if defense in DEFENSES and dataclasses.fields(DEFENSES[defense]):  # type: ignore[arg-type]
+        options.add_fields(parser.add_argument_group(f"settings of {defense}"), DEFENSES[defense])
+    arguments, strange = parser.parse_known_args(argv)
     for what, known in (("defense", DEFENSES), ("recipe", RECIPES)):
         name = getattr(arguments, what)
         if name not in known:
             parser.error(f"there is no {what} {name!r}{sources.near(name, known)}; they are {', '.join(known)}")
+    if strange:
+        parser.error(f"unrecognized arguments: {' '.join(strange)}")
     return arguments
 
 
 def run(arguments: argparse.Namespace, accelerator: Accelerator) -> int:
     began = time.monotonic()
     chosen = recipe(arguments.recipe, **options.given(arguments, Recipe, skip=("name",)))
-    defense = DEFENSES[arguments.defense]()
+    defense = DEFENSES[arguments.defense](**options.given(arguments, DEFENSES[arguments.defense]))
     output: Path = arguments.output
     open_run(arguments, accelerator)
     columns = {"image_column": arguments.image_column, "label_column": arguments.label_column}

@@ -1,10 +1,11 @@
 import itertools
+import math
 
 import pytest
 import torch
 from torch import Tensor
 
-from hf_unlearnable.augment import CropFlip, augment, take
+from hf_unlearnable.augment import Augmentation, CropFlip, ShiftFlip, augment, take
 
 
 def generator(seed: int = 0) -> torch.Generator:
@@ -61,9 +62,9 @@ def test_draws_reach_every_place_about_equally() -> None:
 
 
 @pytest.mark.parametrize("world", [2, 3, 7])
-def test_the_parts_of_several_processes_are_the_whole(world: int) -> None:
+@pytest.mark.parametrize("method", [CropFlip(padding=2), ShiftFlip()])
+def test_the_parts_of_several_processes_are_the_whole(method: Augmentation, world: int) -> None:
     x = pictures(17, 6, 6)
-    method = CropFlip(padding=2)
     whole = augment(x, method, generator=generator(3))
     draws = method.draw(len(x), generator=generator(3))
     edges = [17 * rank // world for rank in range(world + 1)]
@@ -74,16 +75,96 @@ def test_the_parts_of_several_processes_are_the_whole(world: int) -> None:
 def test_nothing_to_do_is_the_identity() -> None:
     x = pictures(5, 4, 4)
     assert torch.equal(augment(x, CropFlip(padding=0, flip=0), generator=generator()), x)
+    assert torch.equal(augment(x, ShiftFlip(shift=0, flip=0), generator=generator()), x)
     assert augment(x, None, generator=generator()) is x
     assert torch.equal(augment(x, CropFlip(padding=0, flip=1), generator=generator()), x.flip(3))
+    assert torch.equal(augment(x, ShiftFlip(shift=0, flip=1), generator=generator()), x.flip(3))
 
 
-def test_an_empty_part() -> None:
+@pytest.mark.parametrize("method", [CropFlip(padding=2), ShiftFlip()])
+def test_an_empty_part(method: Augmentation) -> None:
     x = pictures(0, 4, 4)
-    assert augment(x, CropFlip(padding=2), generator=generator()).shape == (0, 3, 4, 4)
+    assert augment(x, method, generator=generator()).shape == (0, 3, 4, 4)
 
 
 @pytest.mark.parametrize("settings", [{"padding": -1}, {"flip": 1.5}, {"flip": -0.1}])
 def test_settings_out_of_range(settings: dict) -> None:
     with pytest.raises(ValueError, match=next(iter(settings))):
         CropFlip(**settings)
+
+
+@pytest.mark.parametrize("settings", [{"shift": -0.1}, {"shift": 1.5}, {"flip": 1.5}, {"flip": -0.1}])
+def test_shift_settings_out_of_range(settings: dict) -> None:
+    with pytest.raises(ValueError, match=next(iter(settings))):
+        ShiftFlip(**settings)
+
+
+def shift_flip_by_loop(x: Tensor, draws: dict, shift: float) -> Tensor:
+    """Bilinear values at shifted places, from the definition."""
+    out = torch.zeros_like(x)
+    _, _, height, width = x.shape
+    for n, i, j in itertools.product(range(len(x)), range(height), range(width)):
+        source = width - 1 - j if draws["mirrored"][n] else j
+        row = i + shift * height * float(draws["down"][n])
+        column = source + shift * width * float(draws["across"][n])
+        top, left = math.floor(row), math.floor(column)
+        for r, c in itertools.product((top, top + 1), (left, left + 1)):
+            if 0 <= r < height and 0 <= c < width:
+                out[n, :, i, j] += (1 - abs(row - r)) * (1 - abs(column - c)) * x[n, :, r, c]
+    return out
+
+
+@pytest.mark.parametrize("shift", [0.0, 0.125, 0.4])
+@pytest.mark.parametrize(("height", "width"), [(8, 8), (7, 12), (9, 2)])
+def test_shift_and_flip_equal_the_loop(shift: float, height: int, width: int) -> None:
+    x = pictures(12, height, width, torch.float64)
+    before = x.clone()
+    method = ShiftFlip(shift=shift)
+    draws = method.draw(len(x), generator=generator(3))
+    assert 0 < draws["mirrored"].sum() < 12
+    assert torch.allclose(method.apply(x, draws), shift_flip_by_loop(x, dict(draws), shift), atol=1e-5)
+    assert torch.equal(x, before)
+
+
+@pytest.mark.parametrize(("side", "index"), [(32, 8), (224, 56)])
+def test_the_grid_is_that_of_the_official_transform(side: int, index: int) -> None:
+    even, delta = torch.linspace(-1, 1, side), torch.linspace(0, 1, side)[index]
+    assert {32: 0.258, 224: 0.251}[side] == pytest.approx(float(delta), abs=1e-3)
+    moved = torch.tensor([-1.0, 0.0, 0.5])
+    assert torch.allclose(ShiftFlip()._places(moved, side), even + moved[:, None] * delta, atol=1e-6)
+
+
+def test_a_shift_by_whole_pixels_is_a_crop() -> None:
+    x = pictures(3, 32, 32, torch.float32)
+    signs = torch.tensor([1.0, 0.5, -1.0])
+    mirrored = torch.tensor([False, True, True])
+    found = ShiftFlip().apply(x, {"down": signs, "across": -signs, "mirrored": mirrored})
+    places = (4 * signs).long()
+    cropped = CropFlip(padding=4).apply(x, {"top": 4 + places, "left": 4 - places, "mirrored": mirrored})
+    assert torch.allclose(found, cropped, atol=1e-4)
+    levels = (255 * x).round().to(torch.uint8)
+    whole = ShiftFlip().apply(levels, {"down": signs, "across": -signs, "mirrored": mirrored})
+    assert whole.dtype == torch.uint8
+    assert torch.equal(whole, (255 * cropped).round().to(torch.uint8))
+
+
+def test_shifts_fill_their_range_evenly_and_differ_by_picture() -> None:
+    draws = ShiftFlip(flip=0.25).draw(50_000, generator=generator())
+    for name in ("down", "across"):
+        shares = torch.histc(draws[name], 10, -1, 1) / 50_000
+        assert (shares - 0.1).abs().max() < 0.01
+        assert draws[name].abs().max() <= 1
+    assert abs(torch.corrcoef(torch.stack([draws["down"], draws["across"]]))[0, 1]) < 0.02
+    assert abs(draws["mirrored"].float().mean().item() - 0.25) < 0.01
+
+
+def test_the_shift_is_differentiable() -> None:
+    x = pictures(2, 5, 6, torch.float64).requires_grad_()
+    method = ShiftFlip(shift=0.3)
+    draws = method.draw(2, generator=generator(1))
+    weights = pictures(2, 5, 6, torch.float64)
+    found = torch.autograd.grad((method.apply(x, draws) * weights).sum(), x)[0]
+    step = torch.zeros_like(x)
+    step[1, 2, 3, 2] = 1e-3
+    ahead = (method.apply(x + step, draws) * weights).sum() - (method.apply(x, draws) * weights).sum()
+    assert float(found[1, 2, 3, 2]) == pytest.approx(float(ahead.detach()) / 1e-3, rel=1e-4)
