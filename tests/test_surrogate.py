@@ -5,8 +5,10 @@ import pickle
 from dataclasses import replace
 from pathlib import Path
 
+import huggingface_hub
 import pytest
 import torch
+from huggingface_hub.errors import RepositoryNotFoundError
 from safetensors import safe_open
 from safetensors.torch import save_file
 
@@ -144,3 +146,22 @@ def test_folders_and_missing_files(surrogate: Surrogate, tmp_path: Path) -> None
             Surrogate.load(missing)
     with pytest.raises(ValueError, match=r"expected the name of a \.safetensors file"):
         surrogate.save(tmp_path / "s.pt")
+
+
+def test_a_hub_id_is_fetched(surrogate: Surrogate, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path, asked = surrogate.save(tmp_path / "fetched.safetensors"), []
+
+    def download(repo: str, name: str, *, revision: str | None = None) -> str:
+        asked.append((repo, name, revision))
+        return str(path)
+
+    monkeypatch.setattr(huggingface_hub, "hf_hub_download", download)
+    assert Surrogate.load("someone/noise", revision="v1") == surrogate
+    assert asked == [("someone/noise", "surrogate.safetensors", "v1")]
+
+    def missing(repo: str, name: str, *, revision: str | None = None) -> str:
+        raise RepositoryNotFoundError.__new__(RepositoryNotFoundError)
+
+    monkeypatch.setattr(huggingface_hub, "hf_hub_download", missing)
+    with pytest.raises(FileNotFoundError, match="someone/noise: neither a file here nor a model on the Hub"):
+        Surrogate.load("someone/noise")

@@ -14,6 +14,7 @@ from hf_unlearnable.batches import Batches
 from hf_unlearnable.budget import Budget
 from hf_unlearnable.fitting import Setup
 from hf_unlearnable.images import to_float
+from hf_unlearnable.networks import Network
 from hf_unlearnable.pgd import Pgd
 from hf_unlearnable.poisons.entf import EntfFit, EntfPoison, pull_loss, push_loss
 from hf_unlearnable.poisons.hypo import HypoPoison
@@ -46,10 +47,13 @@ def surrogate(rows: Batches) -> Surrogate:
     return poison.fit(rows, seed=1, recipe=SHORT, backbone="tiny", progress=False)
 
 
-class Features(torch.nn.Module):
-    """The pictures' own numbers as features."""
+class Numbers(torch.nn.Module):
+    """A backbone whose features are the pictures' own numbers."""
 
-    def features(self, z: Tensor) -> Tensor:
+    def forward_features(self, z: Tensor) -> Tensor:
+        return z
+
+    def forward_head(self, z: Tensor, pre_logits: bool) -> Tensor:
         return z.flatten(1)
 
 
@@ -112,10 +116,10 @@ def test_centroids_leave_the_network_as_it_was(rows: Batches) -> None:
 
 
 def test_the_losses_are_those_of_the_definition() -> None:
-    z = torch.rand(7, 1, 2, 3, generator=torch.Generator().manual_seed(0))
+    z = torch.rand(7, 3, 1, 2, generator=torch.Generator().manual_seed(0))
     centroids = torch.rand(5, 6, generator=torch.Generator().manual_seed(1))
     y, places = torch.tensor([4, 0, 2]), torch.tensor([0, 0, 1, 1, 2, 2, 2])
-    network: Any = Features()
+    network = Network(Numbers())
     pushed, pulled = push_loss(network, centroids, y)(z, places), pull_loss(network, centroids, y)(z, places)
     for n in range(7):
         own = int(y[places[n]])
@@ -125,25 +129,25 @@ def test_the_losses_are_those_of_the_definition() -> None:
 
 
 def test_own_class_is_never_the_target_however_far_the_others_are() -> None:
-    centroids = torch.tensor([[0.0, 0.0], [90.0, 0.0], [0.0, 70.0]])
-    z = torch.tensor([0.1, 0.1]).view(1, 1, 1, 2).requires_grad_()
-    network: Any = Features()
+    centroids = torch.tensor([[0.0, 0.0, 0.0], [90.0, 0.0, 0.0], [0.0, 70.0, 0.0]])
+    z = torch.tensor([0.1, 0.1, 0.0]).view(1, 3, 1, 1).requires_grad_()
+    network = Network(Numbers())
     loss = pull_loss(network, centroids, torch.tensor([0]))(z, torch.tensor([0]))
-    assert float(loss.detach()) == pytest.approx((0.1**2 + 69.9**2) / 2)
+    assert float(loss.detach()) == pytest.approx((0.1**2 + 69.9**2) / 3)
     slope = torch.autograd.grad(loss.sum(), z)[0].flatten()
-    assert torch.allclose(slope, torch.tensor([0.1, -69.9]))
+    assert torch.allclose(slope, torch.tensor([0.2, -139.8, 0.0]) / 3)
 
 
 def test_the_target_of_pull_is_chosen_again_at_every_step() -> None:
     """From 0.55 (nearest: 0.5) a large first step leads past 0.2, whose pull then takes over."""
-    centroids = torch.tensor([[9.0], [0.5], [0.2]])
-    network: Any = Features()
+    centroids = torch.tensor([[9.0], [0.5], [0.2]]).expand(3, 3)
+    network = Network(Numbers())
     loss = pull_loss(network, centroids, torch.tensor([0]))
     pgd = Pgd(budget=Budget("linf", 1.0), steps=2, step_size=0.3, direction="min", box=None)
-    x = torch.full((1, 1, 1, 1), 0.55)
-    assert float(pgd.run(loss, x)) == pytest.approx(-0.6)
+    x = torch.full((1, 3, 1, 1), 0.55)
+    assert torch.allclose(pgd.run(loss, x), torch.tensor(-0.6), atol=1e-6)
     two = pull_loss(network, centroids[:2], torch.tensor([0]))
-    assert float(pgd.run(two, x)) == pytest.approx(0.0, abs=1e-6)
+    assert torch.allclose(pgd.run(two, x), torch.tensor(0.0), atol=1e-6)
 
 
 @MODES
@@ -208,7 +212,6 @@ def test_the_networks_own_settings_are_settled(surrogate: Surrogate) -> None:
 @pytest.mark.parametrize(
     ("wrong", "match"),
     [
-        ({"mode": "shove"}, "mode is"),
         ({"epsilon": 1.5}, "255"),
         ({"pgd_step_size": 0.0}, "step_size is a positive"),
         ({"pgd_steps": -1}, "steps is at least 0"),
@@ -233,3 +236,11 @@ def test_what_does_not_fit_is_refused(surrogate: Surrogate, rows: Batches) -> No
         poison.apply(make_dataset(noise_pictures(5), [0, 1, 2, 3, 4], 5))
     with pytest.raises(ValueError, match="expected a surrogate for 'hypo', got one for 'entf'"):
         HypoPoison.from_surrogate(surrogate)
+
+
+@pytest.mark.parametrize("name", ["mode"])
+def test_unknown_words(name: str) -> None:
+    poison = EntfPoison()
+    object.__setattr__(poison, name, "nonsense")
+    with pytest.raises(ValueError, match=f"{name} is .* got 'nonsense'"):
+        poison.__post_init__()

@@ -145,7 +145,6 @@ def test_a_file_gives_the_same_poison(surrogate: Surrogate, rows: Batches, tmp_p
 @pytest.mark.parametrize(
     ("wrong", "match"),
     [
-        ({"norm": "l0"}, "norm is"),
         ({"epsilon": 1.5}, "255"),
         ({"epsilon": -1.0, "norm": "l2"}, "epsilon"),
         ({"pgd_steps": 0}, "pgd_steps is at least 1"),
@@ -167,3 +166,11 @@ def test_what_does_not_fit_is_refused(surrogate: Surrogate, rows: Batches) -> No
         TapPoison.from_surrogate(surrogate)
     with pytest.raises(ValueError, match="no surrogate"):
         HypoPoison().change(rows.pixels, rows.labels, [""] * 40)
+
+
+@pytest.mark.parametrize("name", ["norm"])
+def test_unknown_words(name: str) -> None:
+    poison = HypoPoison()
+    object.__setattr__(poison, name, "nonsense")
+    with pytest.raises(ValueError, match=f"{name} is .* got 'nonsense'"):
+        poison.__post_init__()
