@@ -85,7 +85,7 @@ def load_checkpoint(
         there, here = _flat(there), _flat(run)
         keys = [key for key in {**there, **here} if there.get(key) != here.get(key)]
         told = "; ".join(f"{key} is {there.get(key)!r} there and {here.get(key)!r} here" for key in keys)
-        raise ValueError(f"{path} is of another training: {told}")
+        raise ValueError(f"{path} is of another training: {told}; delete it to start anew")
     for name, module in modules.items():
         before = f"module.{name}."
         module.load_state_dict({key[len(before) :]: value for key, value in found.items() if key.startswith(before)})

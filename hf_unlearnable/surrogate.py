@@ -113,6 +113,7 @@ class Surrogate:
             os.replace(partial, path)
         finally:
             partial.unlink(missing_ok=True)
+        object.__setattr__(self, "path", path.absolute())
         return path
 
     @classmethod

@@ -14,10 +14,13 @@ from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
 
+import torch
+from datasets import Dataset
 from datasets.exceptions import DatasetBuildError
 
 import hf_unlearnable as hu
 from hf_unlearnable import columns, options, sources
+from hf_unlearnable.batches import stratified_rows
 from hf_unlearnable.keys import read_key
 from hf_unlearnable.protect import protect
 
@@ -67,7 +70,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--output", required=True, type=Path, help="folder to make")
     parser.add_argument("--overwrite", action="store_true", help="replace an existing output")
     parser.add_argument("--record-seed", action="store_true", help="write the int seed into record.json")
-    parser.add_argument("--rows", type=int, help="only the first rows (for a try)")
+    parser.add_argument("--rows", type=int, help="only so many rows (for a try)")
     parser.add_argument("--num-proc", type=int, help="worker processes")
     parser.add_argument("--batch-size", type=int, default=500, help="pictures held at a time (default: 500)")
     parser.add_argument("--protect-classes", nargs="+", help="names or numbers of the classes to protect; default: all")
@@ -78,8 +81,17 @@ def main(argv: Sequence[str] | None = None) -> None:
     arguments = parser.parse_args(argv)
     try:
         run(arguments, POISONS[arguments.poison])
-    except (ValueError, OSError, TypeError, RuntimeError, MemoryError, DatasetBuildError) as error:
+    except (ValueError, ArithmeticError, OSError, TypeError, RuntimeError, MemoryError, DatasetBuildError) as error:
         sys.exit(f"protect.py: {error}")
+
+
+def few(dataset: Dataset, rows: int, poison_class: type[hu.Poison]) -> Dataset:
+    """The first rows; for a poison with a surrogate those that train_surrogate.py --rows trains on."""
+    if not issubclass(poison_class, hu.SurrogatePoison):
+        return dataset.select(range(rows))
+    label = columns.label_column(dataset.features)
+    columns.check_labels(dataset.with_format("arrow")[label], columns.class_names(dataset.features, label), label)
+    return dataset.select(stratified_rows(torch.tensor(dataset[label][:]), rows, key=0).tolist())
 
 
 def run(arguments: argparse.Namespace, poison_class: type[hu.Poison]) -> None:
@@ -87,7 +99,7 @@ def run(arguments: argparse.Namespace, poison_class: type[hu.Poison]) -> None:
     if arguments.rows is not None:
         if arguments.rows < 1:
             raise ValueError(f"--rows is 1 or more, got {arguments.rows}")
-        dataset = dataset.select(range(min(arguments.rows, len(dataset))))
+        dataset = few(dataset, min(arguments.rows, len(dataset)), poison_class)
     settings = options.given(arguments, poison_class, skip=settled(poison_class))
     seed = arguments.seed
     if arguments.key_file is not None:

@@ -91,14 +91,13 @@ def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--image-column", help="default: the only one")
     parser.add_argument("--label-column", help="default: the only one")
     parser.add_argument("--rows", type=int, help="train on this many rows: the same whatever the seed, class by class")
-    parser.add_argument("--image-size", type=int, help="resize and crop all pictures; default: they are of one size")
     parser.add_argument("--method", required=True, help=", ".join(METHODS))
     parser.add_argument("--backbone", help=f"{', '.join(SHORT_NAMES)}, or any name of timm; default: the method's")
     key = parser.add_mutually_exclusive_group()
     key.add_argument("--seed", type=int, default=0, help="an int seed, which the file tells (default: 0)")
     key.add_argument("--key-file", type=Path, help="a secret key; python scripts/keygen.py makes one")
     parser.add_argument("--output", required=True, type=Path, help="the .safetensors file to make")
-    parser.add_argument("--overwrite", action="store_true", help="replace the file, and forget a training begun for it")
+    parser.add_argument("--overwrite", action="store_true", help="delete the file first, if it is there")
     parser.add_argument("--max-minutes", type=float, help="stop after this time; the same command goes on")
     parser.add_argument("--mixed-precision", choices=("auto", "no", "bf16"), default="auto", help="auto: bf16 on GPUs")
     parser.add_argument("--cpu", action="store_true", help="do not use a GPU")
@@ -122,11 +121,12 @@ def run(arguments: argparse.Namespace, accelerator: Accelerator) -> int:
     poison = poison_class(**options.given(arguments, poison_class, skip=BASE))
     recipe = changed(poison.recipe, **options.given(arguments, Recipe, skip=("name",)))
     accelerator.wait_for_everyone()
-    if arguments.overwrite and accelerator.is_main_process:
+    if accelerator.is_main_process and output.exists():
         checkpoint.unlink(missing_ok=True)
+        output.unlink()
     accelerator.wait_for_everyone()
     how: dict[str, Any] = {"image_column": arguments.image_column, "label_column": arguments.label_column}
-    how |= {"image_size": arguments.image_size, "device": accelerator.device}
+    how |= {"device": accelerator.device}
     how["progress"] = arguments.progress and accelerator.is_main_process
     with accelerator.main_process_first():
         pictures = sources.load_split(arguments.dataset, arguments.split, config=arguments.config)

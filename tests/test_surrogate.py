@@ -82,6 +82,7 @@ def test_with_a_file_it_pickles_small(surrogate: Surrogate, tmp_path: Path) -> N
     whole = pickle.dumps(surrogate)
     assert pickle.loads(whole) == surrogate  # noqa: S301
     found = Surrogate.load(surrogate.save(tmp_path / "s.safetensors"))
+    assert len(pickle.dumps(surrogate)) < 1000
     found.network()
     small = pickle.dumps(found)
     assert len(small) < 1000 < len(whole)

@@ -91,6 +91,35 @@ def test_a_stopped_training_goes_on_with_the_same_command(
     assert Surrogate.load(tmp_path / "s.safetensors").secret() != whole.secret()
 
 
+@pytest.mark.parametrize("name", sorted(load_script("train_surrogate").METHODS))
+def test_every_method_has_its_flags(name: str) -> None:
+    script = load_script("train_surrogate")
+    assert script.METHODS[name].name == name
+    given = script.parse(["--dataset", "demo", "--method", name, "--output", "s.safetensors", "--batch-size", "7"])
+    assert given.batch_size == 7
+    protect = load_script("protect")
+    assert protect.POISONS[name] is script.METHODS[name]
+
+
+def test_overwriting_goes_on_too(call: Call, tmp_path: Path) -> None:
+    assert call() == 0
+    whole = Surrogate.load(tmp_path / "s.safetensors")
+    assert call("--overwrite", "--max-minutes", "0") == 75
+    assert call("--overwrite", "--max-minutes", "0") == 75
+    assert call("--overwrite", "--max-minutes", "0") == 0
+    assert Surrogate.load(tmp_path / "s.safetensors").secret() == whole.secret()
+
+
+def test_protect_takes_the_rows_that_were_trained_on(data: Path, tmp_path: Path) -> None:
+    main, protect = load_script("train_surrogate").main, load_script("protect").main
+    file = str(tmp_path / "s.safetensors")
+    how = ["--dataset", str(data), "--rows", "12"]
+    assert main([*how, "--method", "ntga", "--block", "6", "--output", file, "--no-progress", "--cpu"]) == 0
+    protect([*how, "--poison", "ntga", "--surrogate", file, "--output", str(tmp_path / "out")])
+    with pytest.raises(SystemExit, match="expected some of the 12 pictures that the noise was made for"):
+        protect([*how[:2], "--poison", "ntga", "--surrogate", file, "--output", str(tmp_path / "other")])
+
+
 def test_mistakes_are_told(call: Call, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit, match="2"):
         call("--method", "min-max-mn")

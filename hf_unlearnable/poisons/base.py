@@ -113,8 +113,9 @@ class Poison(Transform):
         height, width = pixels.shape[2:]
         try:
             poisoned = to_uint8(self.perturb(to_float(pixels), labels, Draws(self.seed, self.name, pixels)))
-        except ValueError as error:
-            raise ValueError(f"{where[0]} and the others of {height} x {width} pixels with it: {error}") from error
+        except (ValueError, FloatingPointError) as error:
+            kind = type(error) if type(error) is FloatingPointError else ValueError
+            raise kind(f"{where[0]} and the others of {height} x {width} pixels with it: {error}") from error
         budget = self.budget_for(height, width)
         if budget is not None:
             budget.check(pixels, poisoned, where)

@@ -13,7 +13,8 @@ from hf_unlearnable.fitting import Fit, Setup
 from hf_unlearnable.images import Images, Labels
 from hf_unlearnable.pgd import Pgd, RowDraws
 from hf_unlearnable.poisons.base import Draws
-from hf_unlearnable.poisons.em_fit import ClasswiseFit, Rounds, SamplewiseFit, cross_entropy
+from hf_unlearnable.poisons.classifier_fit import cross_entropy
+from hf_unlearnable.poisons.em_fit import ClasswiseFit, Rounds, SamplewiseFit
 from hf_unlearnable.poisons.noise_bank import NoiseBank
 from hf_unlearnable.poisons.robust_em import RobustEmPoison, RobustFit
 from hf_unlearnable.poisons.with_surrogate import SurrogatePoison, settled
@@ -25,9 +26,9 @@ CHUNK = 640
 """Pictures in one pass through the network."""
 REM_RECIPE = dataclasses.replace(RobustEmPoison.recipe, name="em-rem-repo")
 
-_SAMPLEWISE = {"pgd_steps": 20, "pgd_step_size": 0.8 / 255, "augmentation": "none", "stop_error": 0.01}
+_SAMPLEWISE = {"pgd_steps": 20, "pgd_step_size": 0.8 / 255, "noise_views": "none", "stop_error": 0.01}
 _CLASSWISE = {**_SAMPLEWISE, "pgd_steps": 1, "stop_error": 0.1}
-_REM_REPO = {**_SAMPLEWISE, "pgd_steps": 10, "pgd_step_size": 1.6 / 255, "augmentation": "crop_flip"}
+_REM_REPO = {**_SAMPLEWISE, "pgd_steps": 10, "pgd_step_size": 1.6 / 255, "noise_views": "crop_flip"}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -49,11 +50,11 @@ class EmPoison(SurrogatePoison):
         mode: "samplewise", a noise for every picture, or "classwise", one for every class.
         variant: "original", or "rem-repo": every batch has noise made from a random start for f as it is, and is then
             trained on (`RobustFit` without adversary); the published noise is that of the last f, made while mapping.
-            It has its own recipe, and of the fields below it uses `pgd_steps`, `pgd_step_size`, `augmentation` and
+            It has its own recipe, and of the fields below it uses `pgd_steps`, `pgd_step_size`, `noise_views` and
             `positive_only`.
         pgd_steps, pgd_step_size: signed descent on the noise. Default: 20 of 0.8/255; "classwise" 1 of 0.8/255;
             "rem-repo" 10 of 1.6/255.
-        augmentation: random views of x + delta for the network and for the noise, new ones at every step: "none" or
+        noise_views: random views of x + delta for the network and for the noise, new ones at every step: "none" or
             "crop_flip". With "none" the network's views are the recipe's. Default: "none"; "rem-repo": "crop_flip".
         train_steps_per_round: batches that train f in a round.
         stop_error: share of errors of f, in evaluation mode and without views, in [0, 1]. Default: 0.01; "classwise"
@@ -99,7 +100,7 @@ class EmPoison(SurrogatePoison):
     variant: Literal["original", "rem-repo"] = settled("original")
     pgd_steps: int | None = settled(None)
     pgd_step_size: float | None = settled(None)
-    augmentation: Literal["none", "crop_flip"] | None = settled(None)
+    noise_views: Literal["none", "crop_flip"] | None = settled(None)
     train_steps_per_round: int = settled(10)
     stop_error: float | None = settled(None)
     max_rounds: int = settled(100)
@@ -113,7 +114,7 @@ class EmPoison(SurrogatePoison):
         for name, values in (
             ("mode", ("samplewise", "classwise")),
             ("variant", ("original", "rem-repo")),
-            ("augmentation", ("none", "crop_flip", None)),
+            ("noise_views", ("none", "crop_flip", None)),
             ("noise", ("bank", "regenerate")),
             ("unknown", ("error", "regenerate")),
         ):
@@ -155,7 +156,7 @@ class EmPoison(SurrogatePoison):
             step_size=self.pgd_step_size,
             direction="min",
             init="uniform" if self.variant == "rem-repo" else "zero",
-            augmentation=views(self.augmentation or "none", image_size),
+            augmentation=views(self.noise_views or "none", image_size),
             chunk=CHUNK,
         )
 

@@ -11,10 +11,10 @@ from torch import Tensor
 
 from hf_unlearnable.batches import Batch, Batches, share, stratified_rows
 from hf_unlearnable.fitting import Fit, Setup
-from hf_unlearnable.images import Labels
 from hf_unlearnable.keys import subkey, torch_generator
 from hf_unlearnable.networks import frozen
-from hf_unlearnable.pgd import Loss, Pgd
+from hf_unlearnable.pgd import Pgd
+from hf_unlearnable.poisons.classifier_fit import cross_entropy
 from hf_unlearnable.poisons.noise_bank import NoiseBank
 from hf_unlearnable.training import as_input
 
@@ -215,8 +215,3 @@ class ClasswiseFit(EmFit):
                 start_step=place,
             )
         return next(self._moving)
-
-
-def cross_entropy(network: torch.nn.Module, y: Labels) -> Loss:
-    """Every picture's loss, for `Pgd.run`."""
-    return lambda z, rows: F.cross_entropy(network(z).float(), y[rows], reduction="none")

@@ -12,8 +12,9 @@ from hf_unlearnable.augment import CropFlip
 from hf_unlearnable.budget import Budget
 from hf_unlearnable.fitting import Fit, Setup
 from hf_unlearnable.images import Images, Labels, to_uint8
-from hf_unlearnable.pgd import Loss, Pgd
+from hf_unlearnable.pgd import Pgd
 from hf_unlearnable.poisons.base import Draws
+from hf_unlearnable.poisons.classifier_fit import cross_entropy
 from hf_unlearnable.poisons.with_surrogate import SurrogatePoison, settled
 from hf_unlearnable.recipes import Recipe
 from hf_unlearnable.surrogate import Surrogate
@@ -102,7 +103,7 @@ class RobustEmPoison(SurrogatePoison):
     def craft(self, x: Images, y: Labels | None, draws: Draws, surrogate: Surrogate) -> Images:
         assert y is not None
         network = surrogate.network(device=x.device)
-        return x + self.noise_pgd(surrogate.image_size).run(_loss(network, y), x, model=network, draws=draws)
+        return x + self.noise_pgd(surrogate.image_size).run(cross_entropy(network, y), x, model=network, draws=draws)
 
     def fitting(self, setup: Setup) -> Fit:
         return RobustFit(setup, self.noise_pgd(setup.train.image_size), self.adversary)
@@ -197,7 +198,7 @@ class RobustFit(Fit):
     def step(self, step: int) -> dict[str, Tensor]:
         batch, network, accelerator = self.batch(step), self.modules["network"], self.setup.accelerator
         x, y = as_input(batch.pixels), batch.labels
-        loss = _loss(network, y)
+        loss = cross_entropy(network, y)
         with accelerator.autocast():
             delta = self.noise.run(loss, x, model=network, draws=self.generator("noise", step))
             shown = self.view(as_input(to_uint8(x + delta)), batch, "view", step)
@@ -227,7 +228,3 @@ def average_randomness(p: Float[Tensor, "b k"], form: Penalty) -> Float[Tensor, 
         return torch.linalg.vector_norm(difference, dim=1).mean()
     squares = difference.square().sum(1).mean()
     return squares / classes if form == "paper" else squares
-
-
-def _loss(network: torch.nn.Module, y: Labels) -> Loss:
-    return lambda z, rows: F.cross_entropy(network(z).float(), y[rows], reduction="none")

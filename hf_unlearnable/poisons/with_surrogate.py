@@ -89,11 +89,17 @@ class SurrogatePoison(Poison):
 
         Raises:
             FileNotFoundError: there is no such file or repository.
-            ValueError: the file is damaged, altered, of another method or of a newer schema; a settled field changed.
+            ValueError: the file is damaged, altered, of another method, of another version of it or of a newer schema;
+                a settled field changed.
         """
         known = source if isinstance(source, Surrogate) else Surrogate.load(source)
         if known.method != cls.name:
             raise ValueError(f"{source}: expected a surrogate for {cls.name!r}, got one for {known.method!r}")
+        if (made := known.provenance.get("version")) != cls.version:
+            raise ValueError(
+                f"{source}: expected a surrogate for version {cls.version} of {cls.name!r}, got one of version {made}: "
+                "its pixels would differ; train another, or use the hf_unlearnable that made it"
+            )
         own = {f.name: f for f in fields(cls)}
         if strange := sorted(set(known.settings) - set(own)):
             raise ValueError(f"{source}: this version's {cls.name!r} has no setting {strange[0]!r}")
@@ -208,7 +214,7 @@ class SurrogatePoison(Poison):
         if tuple(x.shape[2:]) != known.image_size:
             raise ValueError(
                 f"expected pictures of {known.image_size[0]} x {known.image_size[1]} pixels (height x width), for "
-                f"which the surrogate was trained, got {x.shape[2]} x {x.shape[3]}"
+                f"which the surrogate was trained, got {x.shape[2]} x {x.shape[3]}: resize the dataset before both"
             )
         if self.uses_labels and y is None:
             raise ValueError("expected labels, got none")
@@ -255,7 +261,10 @@ def _check_rows(train: Batches, recipe: Recipe, *, needs_labels: bool) -> None:
     if needs_labels:
         counts = torch.bincount(train.labels.cpu(), minlength=len(train.classes))
         if (empty := (counts == 0).nonzero().flatten().tolist()) and len(train):
-            raise ValueError(f"expected rows of every class, got none of class {empty[0]} ({train.classes[empty[0]]})")
+            raise ValueError(
+                f"expected rows of every class, got none of class {empty[0]} ({train.classes[empty[0]]}); "
+                "leave out its name: ds.cast_column(label, Value('string')), then ds.class_encode_column(label)"
+            )
     if not train.steps(recipe.batch_size, drop_last=recipe.drop_last):
         least = f"a batch of {recipe.batch_size}" if recipe.drop_last else "one"
         raise ValueError(f"expected at least {least} rows to train on, got {len(train)}")

@@ -35,7 +35,7 @@ KINDS: dict[str, dict[str, Any]] = {
     "samplewise": {},
     "classwise": {"mode": "classwise", "pgd_steps": 1, "search_fraction": 0.5},
     "rem-repo": {"variant": "rem-repo"},
-    "views": {"augmentation": "crop_flip"},
+    "views": {"noise_views": "crop_flip"},
 }
 
 
@@ -218,7 +218,7 @@ def test_the_network_is_trained_on_all_rows_and_the_noise_made_on_some(
 
 @pytest.mark.parametrize("augmentation", ["none", "crop_flip"])
 def test_views_are_for_noise_and_network(augmentation: Any, batches: Batches, accelerator: Accelerator) -> None:
-    fit = fit_of(EmPoison(**SMALL, augmentation=augmentation), batches, accelerator)
+    fit = fit_of(EmPoison(**SMALL, noise_views=augmentation), batches, accelerator)
     expected = None if augmentation == "none" else CropFlip(padding=4)
     assert fit.augmentation == fit.noise.augmentation == expected
     shown: list[Tensor] = []
@@ -433,7 +433,7 @@ def test_the_bank_knows_rows_and_labels(surrogates: dict[str, Surrogate], batche
 
 def test_what_is_filled_in() -> None:
     def told(poison: EmPoison) -> tuple[Any, ...]:
-        return poison.pgd_steps, poison.pgd_step_size, poison.stop_error, poison.augmentation
+        return poison.pgd_steps, poison.pgd_step_size, poison.stop_error, poison.noise_views
 
     assert told(EmPoison()) == (20, 0.8 / 255, 0.01, "none")
     assert told(EmPoison(mode="classwise")) == (1, 0.8 / 255, 0.1, "none")
@@ -510,7 +510,7 @@ def test_bad_settings(wrong: dict[str, Any], told: str) -> None:
         EmPoison(**wrong)
 
 
-@pytest.mark.parametrize("name", ["mode", "variant", "augmentation", "noise", "unknown"])
+@pytest.mark.parametrize("name", ["mode", "variant", "noise_views", "noise", "unknown"])
 def test_unknown_words(name: str) -> None:
     poison = EmPoison()
     object.__setattr__(poison, name, "nonsense")

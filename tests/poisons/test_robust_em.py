@@ -223,6 +223,8 @@ def test_errors_say_what_does_not_fit(surrogate: Surrogate, batches: Batches, ac
         poison_of(surrogate, nonsense=1)
     with pytest.raises(ValueError, match="no setting 'younger'"):
         poison_of(replace(surrogate, settings={**surrogate.settings, "younger": 1}))
+    with pytest.raises(ValueError, match="for version 1 of .* got one of version 2"):
+        poison_of(replace(surrogate, provenance={**surrogate.provenance, "version": 2}))
     with pytest.raises(ValueError, match="expected 5 classes"):
         poison_of(surrogate, num_classes=5)
     fresh = type(poison)(**SMALL)
