@@ -91,7 +91,10 @@ def poison_of(name: str, dataset: Dataset, seed: int, classes: int, arguments: a
             )
             surrogate.save(path)
             path.with_name(f"{name}-{seed}.checkpoint.safetensors").unlink(missing_ok=True)
-        return type(poison).from_surrogate(path, seed=seed)
+        known = hu.Surrogate.load(path)
+        if known.settings != json.loads(json.dumps(poison.own_settings())) or known.provenance["seed"] != seed:
+            raise ValueError(f"{path} is of other settings than {name}, seed {seed}: delete it")
+        return type(poison).from_surrogate(known, seed=seed)
     if name == "ops":
         return hu.OpsPoison.fit(dataset, seed=seed)
     if name == "cuda-universal":
