@@ -31,8 +31,7 @@ tags:
 
 # {record.source["dataset"]}, protected with `{record.method}`
 
-**What a trainer still learns from it: not measured.** Until `results` in `record.json` holds an evaluation, nothing is
-claimed about how well this dataset resists training.
+{_learned(record)}
 
 ![clean, poisoned and difference](preview.png)
 
@@ -58,3 +57,27 @@ columns were not. The key is {key}.
 PSNR and SSIM ({pixels["ssim_variant"]}) on {pixels["perceptual_rows"]} rows, the other measures on all of them;
 linf in grey levels, l2 in units of the value range [0, 1].
 """
+
+
+def _learned(record: Record) -> str:
+    """What the best attacker learned, in every evaluation; or that there is none."""
+    if not record.results:
+        return (
+            "**What a trainer still learns from it: not measured.** Until `results` in `record.json` holds an "
+            "evaluation, nothing is\nclaimed about how well this dataset resists training."
+        )
+    told = []
+    for found in record.results:
+        setting, learned = found["setting"], found["learnability"]
+        where = f"{setting['backbone']}, recipe {setting['recipe']}, {setting['train_rows']:,} rows"
+        if found["refused"] or learned is None:
+            told.append(f"**Nothing is claimed** ({where}): {'; '.join(found['refused'])}.")
+            continue
+        clean = "not measured" if found["clean"] is None else f"{100 * found['clean']:.1f} %"
+        error = "" if learned["error"] is None else f" ± {100 * learned['error']:.1f}"
+        told.append(
+            f"**A trainer still reaches {100 * learned['mean']:.1f}{error} % on clean test pictures** with "
+            f"`{found['attacker']}`, the best of {len({c['attacker'] for c in found['cells']})} attackers ({where}); "
+            f"plain training on clean pictures: {clean}, chance: {100 * found['chance']:.1f} %."
+        )
+    return "\n\n".join(told)

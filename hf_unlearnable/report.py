@@ -48,7 +48,7 @@ def curves(result: Result, path: str | Path) -> None:
         axes.xaxis.set_major_locator(MaxNLocator(integer=True))
         axes.grid(alpha=0.3)
         axes.legend(fontsize="small")
-    _save(figure, Path(path))
+    save(figure, Path(path))
 
 
 def surrogate_curves(surrogate: Surrogate, path: str | Path) -> None:
@@ -70,10 +70,11 @@ def surrogate_curves(surrogate: Surrogate, path: str | Path) -> None:
         axes.set_ylim(min(0, 1.05 * lowest), max(0, 1.05 * highest) or 1)
         axes.xaxis.set_major_locator(MaxNLocator(integer=True))
         axes.grid(alpha=0.3)
-    _save(figure, Path(path))
+    save(figure, Path(path))
 
 
-def _save(figure: Figure, path: Path) -> None:
+def save(figure: Figure, path: Path) -> None:
+    """As a PNG, whole or not at all."""
     partial = path.with_name(f".{path.name}.partial")
     figure.savefig(partial, dpi=120, format="png")
     os.replace(partial, path)

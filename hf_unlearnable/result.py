@@ -165,18 +165,29 @@ class Result:
             ValueError: not a result, or one of another schema.
         """
         try:
-            values = json.loads(Path(path).read_text())
-            if values["schema"] != SCHEMA:
-                raise ValueError(f"its schema is {values['schema']!r}")
-            values["curve"] = tuple(Epoch(**point) for point in values["curve"])
-            values["confusion"] = tuple(tuple(row) for row in values["confusion"])
-            kept = values["recipe"]
-            values["recipe"] = Recipe(**{**kept, "milestones": tuple(kept["milestones"])})
-            for name in ("class_accuracy", "classes", "image_size"):
-                values[name] = tuple(values[name])
-            return cls(**values)
+            return cls.from_values(json.loads(Path(path).read_text()))
         except (ValueError, KeyError, TypeError) as error:
             raise ValueError(f"{path}: expected a result of schema {SCHEMA}, but {error}") from error
+
+    @classmethod
+    def from_values(cls, values: dict[str, Any]) -> Self:
+        """From what JSON made of `dataclasses.asdict` of another.
+
+        Raises:
+            ValueError, KeyError, TypeError: not a result, or one of another schema.
+        """
+        if values["schema"] != SCHEMA:
+            raise ValueError(f"its schema is {values['schema']!r}")
+        kept = values["recipe"]
+        return cls(
+            **{
+                **values,
+                "curve": tuple(Epoch(**point) for point in values["curve"]),
+                "confusion": tuple(tuple(row) for row in values["confusion"]),
+                "recipe": Recipe(**{**kept, "milestones": tuple(kept["milestones"])}),
+                **{name: tuple(values[name]) for name in ("class_accuracy", "classes", "image_size")},
+            }
+        )
 
 
 def summary(results: Sequence[Result]) -> dict[str, Any]:

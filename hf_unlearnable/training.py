@@ -45,12 +45,15 @@ def standard_augmentation(recipe: Recipe, image_size: tuple[int, int]) -> Augmen
     return CropFlip(padding=padding, flip=flip) if padding or flip else None
 
 
-def augmented(batch: Batch, augmentation: Augmentation | None, seed: Key, step: int) -> Pixels:
-    """The batch under views that do not depend on the number of processes."""
+def augmented(
+    batch: Batch, augmentation: Augmentation | None, seed: Key, step: int, pictures: Images | None = None
+) -> Pixels | Images:
+    """The batch (or what became of its pictures) under views that do not depend on the number of processes."""
+    x = batch.pixels if pictures is None else pictures
     if augmentation is None:
-        return batch.pixels
+        return x
     draws = augmentation.draw(batch.size, generator=torch_generator(seed, "augment", step))
-    return augmentation.apply(batch.pixels, take(draws, batch.part))
+    return augmentation.apply(x, take(draws, batch.part))
 
 
 def memory_format(device: torch.device) -> torch.memory_format:
@@ -58,9 +61,10 @@ def memory_format(device: torch.device) -> torch.memory_format:
     return torch.contiguous_format if device.type == "mps" else torch.channels_last
 
 
-def as_input(pixels: Pixels) -> Images:
-    """uint8 pixels as a network's input in [0, 1]."""
-    return to_float(pixels).contiguous(memory_format=memory_format(pixels.device))
+def as_input(pixels: Pixels | Images) -> Images:
+    """uint8 pixels, or float ones in [0, 1], as a network's input in [0, 1]."""
+    x = pixels if pixels.is_floating_point() else to_float(pixels)
+    return x.contiguous(memory_format=memory_format(x.device))
 
 
 def average_over_processes(

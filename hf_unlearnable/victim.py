@@ -29,9 +29,9 @@ from tqdm.auto import tqdm
 
 from hf_unlearnable.batches import Batches
 from hf_unlearnable.checkpoint import Interrupts, load_checkpoint, save_checkpoint, weights_digest
-from hf_unlearnable.defenses.base import Defense, describe
+from hf_unlearnable.defenses.base import BeforeCrop, Defense, Predicts, describe
 from hf_unlearnable.environment import hardware, versions
-from hf_unlearnable.images import Labels
+from hf_unlearnable.images import Labels, to_float
 from hf_unlearnable.keys import torch_generator
 from hf_unlearnable.networks import Network, frozen
 from hf_unlearnable.recipes import Recipe
@@ -50,19 +50,29 @@ from hf_unlearnable.training import (
 )
 
 
-def evaluate(model: nn.Module, batches: Batches, *, accelerator: Accelerator) -> Int[Tensor, "k k"]:
+def evaluate(
+    model: nn.Module, batches: Batches, *, accelerator: Accelerator, defense: Defense | None = None, seed: int = 0
+) -> Int[Tensor, "k k"]:
     """The confusion matrix over all processes: entry (i, j) counts the rows of class i that were taken for class j.
 
     The model is in evaluation mode meanwhile, and gets back its modes.
+
+    Args:
+        defense: answers in place of the model where it has its own way of predicting (`Predicts`).
+        seed: of what it draws for that.
     """
     classes = len(batches.classes)
     counts = torch.zeros(classes * classes, dtype=torch.int64, device=batches.device)
     most = 250 if batches.device.type == "cpu" else 1000  # larger ones leave a CPU's cache
     size = max(1, min(most, 2**22 // math.prod(batches.image_size)))
     rank, world = accelerator.process_index, accelerator.num_processes
+    generator = torch_generator(seed, "predict", rank, device=batches.device)
     with frozen(model), torch.no_grad(), accelerator.autocast():
         for pixels, labels in batches.chunks(size, rank=rank, world=world):
-            counts += torch.bincount(labels * classes + model(as_input(pixels)).argmax(1), minlength=len(counts))
+            x = as_input(pixels)
+            own = isinstance(defense, Predicts)
+            scores = defense.predict(model, x, generator=generator) if own else model(x)  # type: ignore[union-attr]
+            counts += torch.bincount(labels * classes + scores.argmax(1), minlength=len(counts))
     total = accelerator.reduce(counts, "sum")
     assert isinstance(total, Tensor)
     return total.view(classes, classes)
@@ -77,6 +87,7 @@ def train(
     defense: Defense,
     accelerator: Accelerator,
     seed: int,
+    validation: Batches | None = None,
     validation_fraction: float = 0.1,
     evaluate_every: int = 1,
     checkpoint: str | Path | None = None,
@@ -90,7 +101,9 @@ def train(
         train: training rows; a validation part is taken from them, class by class, by seed.
         test: rows never trained on; their classes are matched with the training classes by name.
         seed: of the validation part, the order, the augmentation and the defense; not of the initial weights.
+        validation: rows to choose the best epoch by, such as clean ones; None takes them from the training rows.
         validation_fraction: share of the training rows in [0, 1); 0 trains on all of them and gives no "best".
+            Without effect where `validation` is given.
         evaluate_every: epochs between evaluations; the end of the training is always evaluated.
         checkpoint: a safetensors file, written in one piece now and then; where it exists, training goes on from it.
         checkpoint_seconds: time between checkpoints; 0 writes one after every step.
@@ -106,7 +119,10 @@ def train(
     began, saved = time.monotonic(), time.monotonic()
     rank, world, device = accelerator.process_index, accelerator.num_processes, accelerator.device
     train, test = train.to(device), test.relabel(train.classes).to(device)
-    training, validation = train.split(validation_fraction, key=seed)
+    if validation is None:
+        training, held_out = train.split(validation_fraction, key=seed)
+    else:
+        training, held_out, validation_fraction = train, validation.relabel(train.classes).to(device), 0.0
     per_epoch = training.steps(recipe.batch_size, drop_last=recipe.drop_last)
     total = recipe.total_steps(per_epoch)
     model.to(device=device, memory_format=memory_format(device))  # type: ignore[call-overload]
@@ -126,6 +142,7 @@ def train(
         "seed": seed,
         "validation_fraction": validation_fraction,
         "evaluate_every": evaluate_every,
+        "validation_digest": None if validation is None else held_out.digest(),
         "precision": accelerator.mixed_precision,
         "initial_weights": weights_digest(model),
         "train_digest": train.digest(),
@@ -162,8 +179,11 @@ def train(
             optimizer.zero_grad()
             here = torch.zeros(len(sums) - 1, device=device)
             if rows := len(batch.labels):
-                x = as_input(augmented(batch, augmentation, seed, step))
                 generator = torch_generator(seed, "defense", step, rank, device=device)
+                early = None
+                if isinstance(defense, BeforeCrop):
+                    early = defense.before_crop(to_float(batch.pixels), batch.labels, generator=generator)
+                x = as_input(augmented(batch, augmentation, seed, step, early))
                 seed_layers(seed, step, rank, device)
                 with accelerator.autocast():
                     loss = defense(model, x, batch.labels, progress=step / total, generator=generator)
@@ -189,8 +209,9 @@ def train(
             if finished or passed:
                 epoch = -(-tally.step // per_epoch)
                 if measured := finished or epoch % evaluate_every == 0:
-                    tally.confusion = evaluate(model, test, accelerator=accelerator).tolist()
-                    tally.held_out = evaluate(model, validation, accelerator=accelerator).tolist()
+                    looked = {"accelerator": accelerator, "defense": defense, "seed": seed}
+                    tally.confusion = evaluate(model, test, **looked).tolist()
+                    tally.held_out = evaluate(model, held_out, **looked).tolist()
                 tally.end_epoch(epoch, measured)
                 sums.zero_()
             tally.seconds = before + time.monotonic() - began
@@ -211,7 +232,7 @@ def train(
         **tally.measured(),
         classes=train.classes,
         train_rows=len(training),
-        validation_rows=len(validation),
+        validation_rows=len(held_out),
         test_rows=len(test),
         image_size=train.image_size,
         train_digest=run["train_digest"],

@@ -44,11 +44,11 @@ from datasets import ClassLabel, Dataset, Features, Image
 import hf_unlearnable as hu
 from hf_unlearnable import CudaPoison, Transform, columns, sources
 from hf_unlearnable.batches import Batches
+from hf_unlearnable.draws import Draws
 from hf_unlearnable.environment import hardware, versions
 from hf_unlearnable.fitting import Setup
 from hf_unlearnable.images import decode_many
 from hf_unlearnable.keys import numpy_generator
-from hf_unlearnable.poisons.base import Draws
 from hf_unlearnable.recipes import Recipe
 from hf_unlearnable.training import as_input, own_randomness
 

@@ -34,15 +34,54 @@ from safetensors.torch import save_file
 from hf_unlearnable import options, report, sources
 from hf_unlearnable.batches import Batches
 from hf_unlearnable.defenses.adversarial import Adversarial
-from hf_unlearnable.defenses.base import Defense
+from hf_unlearnable.defenses.augmented import Augmented
+from hf_unlearnable.defenses.base import Defense, describe
+from hf_unlearnable.defenses.blur import GaussianBlur
+from hf_unlearnable.defenses.data import TRANSFORM_FIELDS, DataDefense
+from hf_unlearnable.defenses.displace import RandomDisplacement
+from hf_unlearnable.defenses.dvae import Dvae
 from hf_unlearnable.defenses.erm import Erm
+from hf_unlearnable.defenses.filters import DeconvolutionAdversarial, RandomFilter
+from hf_unlearnable.defenses.fresh import EachStep
+from hf_unlearnable.defenses.mixing import Cutmix, Mixup
+from hf_unlearnable.defenses.orthogonal import OrthogonalRegularization
+from hf_unlearnable.defenses.projection import OrthogonalProjection
+from hf_unlearnable.defenses.resize import Resize
+from hf_unlearnable.defenses.sda import AdversarialNoise
+from hf_unlearnable.defenses.sharpen import RandomSharpening
+from hf_unlearnable.defenses.smoothing import Smoothing
+from hf_unlearnable.defenses.squeeze import BitDepth, Grayscale, Jpeg
+from hf_unlearnable.defenses.strong import StrongAugmentation
+from hf_unlearnable.defenses.ueraser import Ueraser
 from hf_unlearnable.networks import SHORT_NAMES, create_network
 from hf_unlearnable.recipes import RECIPES, Recipe, recipe
 from hf_unlearnable.result import Result, summary
 from hf_unlearnable.training import Unfinished
 from hf_unlearnable.victim import train
 
-DEFENSES: dict[str, type[Defense]] = {"adversarial": Adversarial, "erm": Erm}
+DEFENSES: dict[str, type[Defense] | type[DataDefense]] = {
+    "adversarial": Adversarial,
+    "augmented": Augmented,
+    "bit-depth": BitDepth,
+    "coin": RandomDisplacement,
+    "cutmix": Cutmix,
+    "d-vae": Dvae,
+    "deconvolution": DeconvolutionAdversarial,
+    "erm": Erm,
+    "gaussian-blur": GaussianBlur,
+    "grayscale": Grayscale,
+    "jpeg": Jpeg,
+    "mixup": Mixup,
+    "op": OrthogonalProjection,
+    "orthogonal": OrthogonalRegularization,
+    "random-filter": RandomFilter,
+    "resize": Resize,
+    "rsk-ff": RandomSharpening,
+    "sda-an": AdversarialNoise,
+    "smoothing": Smoothing,
+    "strong-augmentation": StrongAugmentation,
+    "ueraser": Ueraser,
+}
 NOT_IDENTITY = ("output", "overwrite", "seeds", "max_minutes", "cpu", "progress")
 
 
@@ -98,7 +137,8 @@ def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--progress", action=argparse.BooleanOptionalAction, default=True)
     options.add_fields(parser.add_argument_group("changes to the recipe"), Recipe, skip=("name",))
     if defense in DEFENSES and dataclasses.fields(DEFENSES[defense]):  # type: ignore[arg-type]
-        options.add_fields(parser.add_argument_group(f"settings of {defense}"), DEFENSES[defense])
+        group = parser.add_argument_group(f"settings of {defense}")
+        options.add_fields(group, DEFENSES[defense], skip=(*TRANSFORM_FIELDS, "seed"))
     arguments, strange = parser.parse_known_args(argv)
     for what, known in (("defense", DEFENSES), ("recipe", RECIPES)):
         name = getattr(arguments, what)
@@ -112,7 +152,9 @@ def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
 def run(arguments: argparse.Namespace, accelerator: Accelerator) -> int:
     began = time.monotonic()
     chosen = recipe(arguments.recipe, **options.given(arguments, Recipe, skip=("name",)))
-    defense = DEFENSES[arguments.defense](**options.given(arguments, DEFENSES[arguments.defense]))
+    defense = DEFENSES[arguments.defense](
+        **options.given(arguments, DEFENSES[arguments.defense], skip=(*TRANSFORM_FIELDS, "seed"))
+    )
     output: Path = arguments.output
     open_run(arguments, accelerator)
     columns = {"image_column": arguments.image_column, "label_column": arguments.label_column}
@@ -134,12 +176,13 @@ def run(arguments: argparse.Namespace, accelerator: Accelerator) -> int:
                 seed=seed,
                 pretrained=arguments.pretrained,
             )
+            training, loss = defended(defense, pictures, seed, how["progress"])
             result = train(
                 network,
-                pictures,
+                training,
                 test_pictures,
                 recipe=chosen,
-                defense=defense,
+                defense=loss,
                 accelerator=accelerator,
                 seed=seed,
                 validation_fraction=arguments.validation_fraction,
@@ -149,7 +192,7 @@ def run(arguments: argparse.Namespace, accelerator: Accelerator) -> int:
                 progress=arguments.progress,
             )
             if accelerator.is_main_process:
-                keep(folder, network, result)
+                keep(folder, network, dataclasses.replace(result, defense=describe(defense)))
             accelerator.wait_for_everyone()
         results.append(Result.load(folder / "result.json"))
         say(accelerator, f"seed {seed}: test accuracy {results[-1].test_accuracy:.4f}")
@@ -157,6 +200,14 @@ def run(arguments: argparse.Namespace, accelerator: Accelerator) -> int:
         (output / "summary.json").write_text(json.dumps(summary(results), indent=1) + "\n")
     say(accelerator, told(arguments, results))
     return 0
+
+
+def defended(defense: Defense | DataDefense, pictures: Batches, seed: int, progress: bool) -> tuple[Batches, Defense]:
+    """The training pictures and the loss: data defenses are fitted to all rows; they change them once or each step."""
+    if not isinstance(defense, DataDefense):
+        return pictures, defense
+    fitted = defense.fit(pictures, seed=seed, progress=progress)
+    return (fitted.on(pictures), Erm()) if defense.each_step == "never" else (pictures, EachStep(fitted))
 
 
 def open_run(arguments: argparse.Namespace, accelerator: Accelerator) -> None:

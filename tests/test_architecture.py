@@ -11,6 +11,7 @@ PACKAGE = Path(__file__).parent.parent / "hf_unlearnable"
 
 L0 = {"keys", "images", "budget", "networks", "architectures", "columns", "options", "recipes", "environment"}
 L1 = {"transform", "pgd", "augment", "batches", "checkpoint", "demo", "sources", "training"}
+L1 |= {"draws", "policies", "plasma"}
 MAY_IMPORT: dict[str, set[str]] = {
     "keys": set(),
     "images": set(),
@@ -20,6 +21,9 @@ MAY_IMPORT: dict[str, set[str]] = {
     "networks": {"architectures"},
     "budget": {"images"},
     "transform": {"images", "columns"},
+    "draws": {"images", "keys"},
+    "policies": {"augment", "images", "plasma"},
+    "plasma": {"augment", "images"},
     "pgd": {"augment", "budget", "networks"},
     "augment": {"images", "keys"},
     "batches": {"images", "keys", "columns"},
@@ -42,6 +46,11 @@ MAY_IMPORT: dict[str, set[str]] = {
     "card": {"record"},
     "protect": {"record", "card", "preview", "metrics", "poisons"} | L0 | L1,
     "report": {"record", "result", "surrogate"},
+    "probes": {"result", "victim"} | L0 | L1,
+    "detection": {"result", "victim", "defenses", "probes"} | L0 | L1,
+    "last_layer": {"result", "victim", "defenses", "probes"} | L0 | L1,
+    "certificate": {"keys"},
+    "evaluation": {"evaluation", "result", "victim", "defenses", "poisons", "record", "report", "card"} | L0 | L1,
 }
 
 

@@ -10,9 +10,9 @@ from torch import Tensor, nn
 
 from hf_unlearnable.augment import CropFlip
 from hf_unlearnable.budget import Budget
+from hf_unlearnable.draws import Draws
 from hf_unlearnable.images import to_float, to_uint8
 from hf_unlearnable.pgd import Pgd
-from hf_unlearnable.poisons.base import Draws
 
 LINF, L2 = Budget("linf", 8 / 255), Budget("l2", 0.5)
 INNER = Pgd(budget=Budget("linf", 4 / 255), steps=3, step_size=1.6 / 255, direction="max", init="uniform")

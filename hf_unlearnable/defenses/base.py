@@ -1,11 +1,13 @@
 """What a defense is: the loss that a victim is trained with."""
 
 import dataclasses
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 import torch
+from jaxtyping import Float
 from torch import Tensor, nn
 
+from hf_unlearnable.defenses.data import DataDefense
 from hf_unlearnable.images import Images, Labels
 
 
@@ -28,8 +30,29 @@ class Defense(Protocol):
     ) -> Tensor: ...
 
 
-def describe(defense: Defense) -> dict[str, Any]:
+@runtime_checkable
+class BeforeCrop(Protocol):
+    """A defense that also changes the pictures before the recipe's crop and flip."""
+
+    def before_crop(self, x: Images, y: Labels, *, generator: torch.Generator) -> Images:
+        """float32 pictures in [0, 1] to pictures of the same size."""
+        ...
+
+
+@runtime_checkable
+class Predicts(Protocol):
+    """A defense with its own way of predicting."""
+
+    def predict(self, model: nn.Module, x: Images, *, generator: torch.Generator) -> Float[Tensor, "b k"]:
+        """Scores of the classes, for a model in evaluation mode and without gradients; the highest is the answer."""
+        ...
+
+
+def describe(defense: object) -> dict[str, Any]:
     """The defense as plain data: its `name` (or that of its class or function) and its dataclass fields."""
     name = getattr(defense, "name", None) or getattr(defense, "__qualname__", type(defense).__qualname__)
-    fields = dataclasses.asdict(defense) if dataclasses.is_dataclass(defense) else {}  # type: ignore[arg-type]
-    return {"name": name, **fields}
+    if isinstance(defense, DataDefense):
+        return {"name": name, **defense.settings()}
+    fields = dataclasses.fields(defense) if dataclasses.is_dataclass(defense) else ()
+    values = {field.name: getattr(defense, field.name) for field in fields}
+    return {"name": name, **{key: describe(v) if hasattr(v, "name") else v for key, v in values.items()}}

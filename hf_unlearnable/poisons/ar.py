@@ -13,9 +13,10 @@ from jaxtyping import Float
 from torch import Tensor
 
 from hf_unlearnable.budget import Budget
+from hf_unlearnable.draws import Draws
 from hf_unlearnable.images import Images, Labels
 from hf_unlearnable.keys import Key, numpy_generator
-from hf_unlearnable.poisons.base import Draws, Poison
+from hf_unlearnable.poisons.base import Poison
 
 _SMALL = 96
 _BYTES_AT_ONCE = 2**25

@@ -3,51 +3,17 @@
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from functools import cached_property
 from typing import Any
 
 import numpy as np
-import torch
 from datasets import Dataset
-from jaxtyping import Float
-from torch import Tensor
 from tqdm.auto import tqdm
 
 from hf_unlearnable.budget import Budget
+from hf_unlearnable.draws import Draws
 from hf_unlearnable.images import Images, Labels, Picture, Pixels, decode_many, digest, to_float, to_uint8
-from hf_unlearnable.keys import Key, cache_tag, check_key, numpy_generator, uniforms
+from hf_unlearnable.keys import Key, cache_tag, check_key, uniforms
 from hf_unlearnable.transform import Transform
-
-
-class Draws:
-    """The randomness of one batch: noise drawn from (key, method, picture), traits from (key, method, class).
-
-    What a row is given does not depend on the batch it stands in, on its place or on the device.
-    """
-
-    def __init__(self, key: Key, method: str, pixels: Pixels) -> None:
-        self._key, self._method, self._pixels = key, method, pixels
-
-    @cached_property
-    def digests(self) -> list[bytes]:
-        """What identifies each picture: a hash of its decoded pixels."""
-        return [digest(row) for row in self._pixels.cpu()]
-
-    def normal(self, *shape: int, purpose: str = "normal") -> Float[Tensor, "b ..."]:
-        """Standard normal float64 numbers, `shape` for every picture, on the CPU."""
-        rows = [self._row(d, purpose).standard_normal(shape) for d in self.digests]
-        return torch.from_numpy(np.stack(rows))
-
-    def uniform(self, *shape: int, purpose: str = "uniform") -> Float[Tensor, "b ..."]:
-        """Uniform float64 numbers in [0, 1), `shape` for every picture, on the CPU."""
-        return torch.from_numpy(np.stack([self._row(d, purpose).random(shape) for d in self.digests]))
-
-    def integers(self, low: int, high: int, *shape: int, purpose: str = "integers") -> Tensor:
-        """Integers from `low` to `high - 1`, `shape` for every picture, int64 on the CPU."""
-        return torch.from_numpy(np.stack([self._row(d, purpose).integers(low, high, shape) for d in self.digests]))
-
-    def _row(self, picture: bytes, purpose: str) -> np.random.Generator:
-        return numpy_generator(self._key, self._method, "picture", purpose, picture)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -12,11 +12,11 @@ from torch import Tensor
 
 from hf_unlearnable.batches import Batches, share
 from hf_unlearnable.budget import Budget
+from hf_unlearnable.draws import Draws
 from hf_unlearnable.fitting import Fit, Setup
 from hf_unlearnable.images import Images, Labels
 from hf_unlearnable.keys import torch_generator
 from hf_unlearnable.networks import Network, create_network, frozen
-from hf_unlearnable.poisons.base import Draws
 from hf_unlearnable.poisons.generators import ResidualGenerator, seeded
 from hf_unlearnable.poisons.with_surrogate import SurrogatePoison, settled
 from hf_unlearnable.recipes import Recipe

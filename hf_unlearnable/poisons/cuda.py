@@ -10,9 +10,10 @@ import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor
 
+from hf_unlearnable.draws import Draws
 from hf_unlearnable.images import Images, Labels
 from hf_unlearnable.keys import Key, numpy_generator
-from hf_unlearnable.poisons.base import Draws, Poison
+from hf_unlearnable.poisons.base import Poison
 
 _SMALL = 96
 _BLOCK = 8

@@ -11,11 +11,11 @@ from torch import Tensor, nn
 from torch.func import functional_call
 
 from hf_unlearnable.budget import Budget
+from hf_unlearnable.draws import Draws
 from hf_unlearnable.fitting import Fit, Setup
 from hf_unlearnable.images import Images, Labels
 from hf_unlearnable.keys import torch_generator
 from hf_unlearnable.networks import Network, frozen
-from hf_unlearnable.poisons.base import Draws
 from hf_unlearnable.poisons.generators import UNet, seeded
 from hf_unlearnable.poisons.with_surrogate import SurrogatePoison, settled
 from hf_unlearnable.recipes import Recipe

@@ -9,10 +9,10 @@ from torch import Tensor
 
 from hf_unlearnable.augment import Augmentation, CropFlip
 from hf_unlearnable.budget import Budget
+from hf_unlearnable.draws import Draws
 from hf_unlearnable.fitting import Fit, Setup
 from hf_unlearnable.images import Images, Labels
 from hf_unlearnable.pgd import Pgd, RowDraws
-from hf_unlearnable.poisons.base import Draws
 from hf_unlearnable.poisons.classifier_fit import cross_entropy
 from hf_unlearnable.poisons.em_fit import ClasswiseFit, Rounds, SamplewiseFit
 from hf_unlearnable.poisons.noise_bank import NoiseBank

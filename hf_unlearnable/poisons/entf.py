@@ -9,11 +9,11 @@ from torch import Tensor, nn
 
 from hf_unlearnable.augment import ShiftFlip
 from hf_unlearnable.budget import Budget
+from hf_unlearnable.draws import Draws
 from hf_unlearnable.fitting import Fit, Setup
 from hf_unlearnable.images import Images, Labels
 from hf_unlearnable.networks import Network, frozen
 from hf_unlearnable.pgd import Loss, Pgd
-from hf_unlearnable.poisons.base import Draws
 from hf_unlearnable.poisons.classifier_fit import ClassifierFit
 from hf_unlearnable.poisons.with_surrogate import SurrogatePoison, settled
 from hf_unlearnable.recipes import Recipe

@@ -9,9 +9,10 @@ import numpy as np
 import torch
 
 from hf_unlearnable.budget import Budget
+from hf_unlearnable.draws import Draws
 from hf_unlearnable.images import Images, Labels
 from hf_unlearnable.keys import Key, numpy_generator
-from hf_unlearnable.poisons.base import Draws, Poison
+from hf_unlearnable.poisons.base import Poison
 
 _SMALL = 96
 

@@ -4,8 +4,9 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 from hf_unlearnable.budget import Budget
+from hf_unlearnable.draws import Draws
 from hf_unlearnable.images import Images, Labels
-from hf_unlearnable.poisons.base import Draws, Poison
+from hf_unlearnable.poisons.base import Poison
 
 
 @dataclass(frozen=True, kw_only=True)

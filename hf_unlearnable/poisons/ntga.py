@@ -11,12 +11,12 @@ from torch import Tensor
 
 from hf_unlearnable.batches import Batches, share, stratified_rows
 from hf_unlearnable.budget import Budget
+from hf_unlearnable.draws import Draws
 from hf_unlearnable.fitting import Fit, Setup
 from hf_unlearnable.images import Images, Labels, Pixels, to_uint8
 from hf_unlearnable.keys import Key, torch_generator
 from hf_unlearnable.networks import Network
 from hf_unlearnable.pgd import Pgd
-from hf_unlearnable.poisons.base import Draws
 from hf_unlearnable.poisons.neural_tangent import learnt, tangent_kernel
 from hf_unlearnable.poisons.noise_bank import NoiseBank
 from hf_unlearnable.poisons.with_surrogate import SurrogatePoison, settled

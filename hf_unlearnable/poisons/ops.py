@@ -11,9 +11,10 @@ from tqdm.auto import tqdm
 
 from hf_unlearnable import columns
 from hf_unlearnable.budget import Budget
+from hf_unlearnable.draws import Draws
 from hf_unlearnable.images import Images, Labels, decode, decode_many
 from hf_unlearnable.keys import Key, cache_tag, subkey
-from hf_unlearnable.poisons.base import Draws, Poison
+from hf_unlearnable.poisons.base import Poison
 
 _COLOURS = np.array([(code >> 2 & 1, code >> 1 & 1, code & 1) for code in range(8)])
 

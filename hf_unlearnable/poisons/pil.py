@@ -10,11 +10,11 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from hf_unlearnable.budget import Budget
+from hf_unlearnable.draws import Draws
 from hf_unlearnable.fitting import Fit, Setup
 from hf_unlearnable.images import Images, Labels
 from hf_unlearnable.keys import Key, torch_generator
 from hf_unlearnable.networks import Network
-from hf_unlearnable.poisons.base import Draws
 from hf_unlearnable.poisons.with_surrogate import SurrogatePoison
 from hf_unlearnable.recipes import Recipe
 from hf_unlearnable.surrogate import Surrogate

@@ -10,10 +10,10 @@ from torch import Tensor
 
 from hf_unlearnable.augment import CropFlip
 from hf_unlearnable.budget import Budget
+from hf_unlearnable.draws import Draws
 from hf_unlearnable.fitting import Fit, Setup
 from hf_unlearnable.images import Images, Labels, to_uint8
 from hf_unlearnable.pgd import Pgd
-from hf_unlearnable.poisons.base import Draws
 from hf_unlearnable.poisons.classifier_fit import cross_entropy
 from hf_unlearnable.poisons.with_surrogate import SurrogatePoison, settled
 from hf_unlearnable.recipes import Recipe

@@ -5,10 +5,10 @@ from typing import ClassVar, Literal, get_args
 
 from hf_unlearnable.augment import Augmentation, CropFlip, ShiftFlip
 from hf_unlearnable.budget import Budget
+from hf_unlearnable.draws import Draws
 from hf_unlearnable.fitting import Fit, Setup
 from hf_unlearnable.images import Images, Labels
 from hf_unlearnable.pgd import Pgd
-from hf_unlearnable.poisons.base import Draws
 from hf_unlearnable.poisons.classifier_fit import ClassifierFit, cross_entropy
 from hf_unlearnable.poisons.with_surrogate import SurrogatePoison
 from hf_unlearnable.recipes import Recipe

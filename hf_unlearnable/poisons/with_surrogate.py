@@ -11,11 +11,12 @@ from accelerate import Accelerator
 
 from hf_unlearnable import fitting
 from hf_unlearnable.batches import Batches
+from hf_unlearnable.draws import Draws
 from hf_unlearnable.environment import hardware, versions
 from hf_unlearnable.fitting import Fit, Setup
 from hf_unlearnable.images import Images, Labels
 from hf_unlearnable.keys import Key, cache_tag, check_key, commitment, subkey
-from hf_unlearnable.poisons.base import Draws, Poison
+from hf_unlearnable.poisons.base import Poison
 from hf_unlearnable.recipes import Recipe
 from hf_unlearnable.surrogate import Surrogate
 

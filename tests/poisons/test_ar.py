@@ -7,9 +7,9 @@ import torch
 import torch.nn.functional as F
 from datasets import Dataset
 
+from hf_unlearnable.draws import Draws
 from hf_unlearnable.poisons import ar
 from hf_unlearnable.poisons.ar import ArPoison
-from hf_unlearnable.poisons.base import Draws
 from tests.conftest import make_dataset, noise_pictures, pixels
 
 SECRET = bytes(range(32))

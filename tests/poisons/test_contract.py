@@ -138,7 +138,7 @@ def test_the_budget_is_kept_and_something_changed(poison: Poison, source: Datase
 
 
 def test_the_generator_keeps_shape_device_type_and_inputs(poison: Poison, source: Dataset) -> None:
-    from hf_unlearnable.poisons.base import Draws
+    from hf_unlearnable.draws import Draws
 
     u = torch.from_numpy(pixels(source)).permute(0, 3, 1, 2).contiguous()
     x, y = u.float() / 255, torch.tensor(source["label"][:])

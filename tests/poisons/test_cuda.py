@@ -5,8 +5,8 @@ import torch.nn.functional as F
 from datasets import Dataset
 
 from hf_unlearnable import CudaPoison
+from hf_unlearnable.draws import Draws
 from hf_unlearnable.poisons import cuda
-from hf_unlearnable.poisons.base import Draws
 from tests.conftest import make_dataset, noise_pictures, pixels
 
 GOLDEN = {

@@ -18,8 +18,8 @@ from torch import Tensor, nn
 
 from hf_unlearnable.augment import CropFlip
 from hf_unlearnable.batches import Batches
+from hf_unlearnable.draws import Draws
 from hf_unlearnable.fitting import Setup
-from hf_unlearnable.poisons.base import Draws
 from hf_unlearnable.poisons.em import REM_RECIPE, EmPoison
 from hf_unlearnable.poisons.em_fit import ClasswiseFit, EmFit, SamplewiseFit
 from hf_unlearnable.poisons.noise_bank import NoiseBank

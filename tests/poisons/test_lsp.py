@@ -5,9 +5,9 @@ import pytest
 import torch
 from sklearn.datasets import make_classification
 
+from hf_unlearnable.draws import Draws
 from hf_unlearnable.keys import numpy_generator
 from hf_unlearnable.poisons import lsp
-from hf_unlearnable.poisons.base import Draws
 from hf_unlearnable.poisons.lsp import LspPoison
 from tests.conftest import make_dataset, noise_pictures, pixels
 

@@ -10,8 +10,8 @@ from datasets import Dataset
 from torch import Tensor
 
 from hf_unlearnable.batches import Batches
+from hf_unlearnable.draws import Draws
 from hf_unlearnable.fitting import Setup
-from hf_unlearnable.poisons.base import Draws
 from hf_unlearnable.poisons.pil import CHUNK, PilFit, PilPoison, TwoLinear, noise_gradient
 from hf_unlearnable.surrogate import Surrogate
 from hf_unlearnable.training import Unfinished

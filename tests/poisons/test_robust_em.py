@@ -16,9 +16,9 @@ from torch import Tensor, nn
 
 from hf_unlearnable import MinMaxMinPoison, RobustEmPoison, SemPoison, Surrogate, create_network
 from hf_unlearnable.batches import Batches
+from hf_unlearnable.draws import Draws
 from hf_unlearnable.fitting import Setup
 from hf_unlearnable.keys import torch_generator
-from hf_unlearnable.poisons.base import Draws
 from hf_unlearnable.poisons.robust_em import RobustFit, average_randomness
 from hf_unlearnable.training import Unfinished, as_input, own_randomness
 from tests.conftest import make_dataset, noise_pictures, pixels

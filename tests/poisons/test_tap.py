@@ -12,9 +12,9 @@ from torch import Tensor
 from hf_unlearnable.augment import CropFlip, ShiftFlip
 from hf_unlearnable.batches import Batches
 from hf_unlearnable.budget import Budget
+from hf_unlearnable.draws import Draws
 from hf_unlearnable.images import to_float, to_uint8
 from hf_unlearnable.pgd import Pgd
-from hf_unlearnable.poisons.base import Draws
 from hf_unlearnable.poisons.hypo import HypoPoison
 from hf_unlearnable.poisons.tap import TapPoison
 from hf_unlearnable.recipes import Recipe

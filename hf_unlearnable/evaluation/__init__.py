@@ -1,0 +1,1 @@
+"""What a determined trainer still learns from published bytes: every defense, chosen on validation, worst first."""

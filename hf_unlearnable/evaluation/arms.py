@@ -1,0 +1,191 @@
+"""Arms: the training sets that victims are compared on, from published bytes and from the clean rows behind them."""
+
+import hashlib
+import math
+from dataclasses import dataclass, replace
+from functools import lru_cache
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from datasets import Dataset
+
+from hf_unlearnable import sources
+from hf_unlearnable.batches import Batches, stratified_rows
+from hf_unlearnable.draws import Draws
+from hf_unlearnable.images import digest, to_float, to_uint8
+from hf_unlearnable.keys import torch_generator
+from hf_unlearnable.poisons.noise import RandomNoisePoison
+from hf_unlearnable.record import Record
+
+ArmKind = Literal["protected", "clean", "noise", "shuffled", "mix", "remainder"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Arm:
+    """One training set.
+
+    Args:
+        label: what it is called; protected datasets of one label are one method under several keys.
+        kind: "protected"; "clean"; "noise", the clean rows under random noise (a control); "shuffled", the clean rows
+            with shuffled labels (a control); "mix", a share of protected rows and the other rows clean; "remainder",
+            these other rows alone.
+        number: which of the protected datasets of the label, from 0.
+        path: the folder of the protected dataset; of the other kinds: of one that was made of the same clean rows.
+        fraction: of "mix" and "remainder": the share of protected rows.
+        epsilon: of "noise": its L-inf radius.
+    """
+
+    label: str
+    kind: ArmKind
+    number: int = 0
+    path: str
+    fraction: float = 1.0
+    epsilon: float | None = None
+
+    @property
+    def name(self) -> str:
+        """For file names."""
+        share = "" if self.fraction == 1.0 else f"-{self.kind}-{self.fraction:g}"
+        return f"{self.label}{share}-{self.number}"
+
+
+class Rows:
+    """The clean rows of an evaluation, its validation and test rows, and the training set of every arm.
+
+    Args:
+        training, test: clean splits. Validation rows are taken from `test`, class by class; the rest is reported on.
+        rows: keep so many training rows of every arm, drawn class by class; None for all.
+        validation_rows: how many.
+
+    Raises:
+        ValueError: too few rows to choose on, or test pictures that are among the training rows.
+    """
+
+    def __init__(
+        self,
+        training: Dataset,
+        test: Dataset,
+        *,
+        rows: int | None,
+        validation_rows: int,
+        device: str | torch.device = "cpu",
+        progress: bool = True,
+    ) -> None:
+        how: dict[str, Any] = {"device": device, "progress": progress}
+        self.clean = Batches.load(training, **how)
+        held = Batches.load(test, **how).relabel(self.clean.classes)
+        least = 5 * len(self.clean.classes)
+        if not least <= validation_rows <= len(held) // 2:
+            raise ValueError(
+                f"validation: expected at least 5 rows a class ({least}) and at most half of the {len(held)} test rows "
+                f"to choose on, got {validation_rows}"
+            )
+        chosen = torch.zeros(len(held), dtype=torch.bool)
+        chosen[stratified_rows(held.labels.cpu(), validation_rows, key=0)] = True
+        self.validation, self.test = held.select(chosen.nonzero()[:, 0]), held.select((~chosen).nonzero()[:, 0])
+        self.rows, self._how = rows, how
+        self._digests: dict[bytes, int] = {}
+        for row, plane in enumerate(held.pixels.cpu()):
+            self._digests.setdefault(digest(plane), row)
+        self._check_apart(self.clean, "the clean training rows")
+
+    def training(self, arm: Arm) -> Batches:
+        """The training rows of an arm.
+
+        Raises:
+            ValueError: a protected dataset that is not what its record says, whose clean rows are not among those given
+                here, or that is not fit to be reported on; names the row.
+        """
+        published, clean = (self._few(split) for split in self.protected(arm.path))
+        if arm.kind == "protected":
+            return published
+        if arm.kind == "clean":
+            return clean
+        if arm.kind == "noise":
+            noise = RandomNoisePoison(seed=arm.number, epsilon=arm.epsilon or 8 / 255)
+            parts = []
+            for pixels in clean.pixels.split(1000):
+                parts.append(to_uint8(noise.perturb(to_float(pixels), None, Draws(arm.number, "control", pixels))))
+            return replace(clean, pixels=torch.cat(parts))
+        if arm.kind == "shuffled":
+            order = torch.randperm(len(clean), generator=torch_generator(arm.number, "shuffled labels"))
+            return replace(clean, labels=clean.labels[order.to(clean.device)])
+        keep = _first(len(clean), arm.fraction, arm.number).to(clean.device)
+        if arm.kind == "remainder":
+            return clean.select((~keep).nonzero()[:, 0])
+        return replace(clean, pixels=torch.where(keep[:, None, None, None], published.pixels, clean.pixels))
+
+    @lru_cache(maxsize=2)  # noqa: B019  (one object a process)
+    def protected(self, folder: str) -> tuple[Batches, Batches]:
+        """All published rows of a folder, and the clean rows they were made of, checked against each other."""
+        path = Path(folder)
+        record = Record.load(path / "record.json")
+        split, source = record.source["split"], record.source
+        dataset = sources.load_split(path, split)
+        published = Batches.load(
+            dataset, image_column=source["image_column"], label_column=source["label_column"], **self._how
+        )
+        found = pixels_sha256(published)
+        if found != record.published["pixels_sha256"]:
+            raise ValueError(
+                f"{path}: the pictures are not those of its record ({found[:12]}... in place of "
+                f"{record.published['pixels_sha256'][:12]}...): it was changed after it was protected"
+            )
+        clean = self._behind(record, len(published), path)
+        _check_pair(published, clean, path)
+        self._check_apart(published, str(path))
+        return published, clean
+
+    def _few(self, split: Batches) -> Batches:
+        if self.rows is None or self.rows >= len(split):
+            return split
+        return split.select(stratified_rows(split.labels.cpu(), self.rows, key=0))
+
+    def _behind(self, record: Record, count: int, path: Path) -> Batches:
+        """The clean rows that a protected dataset was made of: all, the first, or those that --rows draws."""
+        wanted = record.source["pixels_sha256"]
+        if count > len(self.clean):
+            raise ValueError(f"{path} has {count} rows, the clean dataset {len(self.clean)}")
+        for candidate in (torch.arange(count), stratified_rows(self.clean.labels.cpu(), count, key=0)):
+            rows = self.clean.select(candidate)
+            if pixels_sha256(rows) == wanted:
+                return rows
+        raise ValueError(
+            f"{path}: its {count} rows were not made of the first, nor of evenly drawn, rows of this clean dataset: "
+            "give the one that was protected (--clean)"
+        )
+
+    def _check_apart(self, split: Batches, what: str) -> None:
+        for row, plane in enumerate(split.pixels.cpu()):
+            if (same := self._digests.get(digest(plane))) is not None:
+                raise ValueError(f"row {row} of {what} is also test row {same}: a test on trained rows says nothing")
+
+
+def pixels_sha256(split: Batches) -> str:
+    """SHA-256 over the digests of all pictures in order, as in a record."""
+    state = hashlib.sha256()
+    for plane in split.pixels.cpu():
+        state.update(digest(plane))
+    return state.hexdigest()
+
+
+def _first(count: int, fraction: float, number: int) -> torch.Tensor:
+    """Which rows are protected at this share: nested, those at 0.2 are among those at 0.5."""
+    order = torch.randperm(count, generator=torch_generator(number, "protected share"))
+    keep = torch.zeros(count, dtype=torch.bool)
+    keep[order[: math.floor(fraction * count + 0.5)]] = True
+    return keep
+
+
+def _check_pair(published: Batches, clean: Batches, path: Path) -> None:
+    if published.classes != clean.classes:
+        raise ValueError(f"{path}: expected the classes {clean.classes}, got {published.classes}")
+    if published.image_size != clean.image_size:
+        raise ValueError(f"{path}: expected pictures of {clean.image_size}, got {published.image_size}")
+    if len(wrong := (published.labels != clean.labels).nonzero()):
+        raise ValueError(f"{path}: row {int(wrong[0])} has another label than its clean row ({len(wrong)} rows)")
+    flat = published.pixels.flatten(1)
+    blank = (flat == flat[:, :1]).all(1) & ~(clean.pixels.flatten(1) == clean.pixels.flatten(1)[:, :1]).all(1)
+    if len(rows := blank.nonzero()):
+        raise ValueError(f"{path}: row {int(rows[0])} is one colour, its clean row is not ({len(rows)} rows)")

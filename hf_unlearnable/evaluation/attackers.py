@@ -1,0 +1,190 @@
+"""Attackers: what a trainer may do with published pictures, and the suites of them that an evaluation runs."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any, Literal, get_args
+
+from hf_unlearnable.defenses.adversarial import Adversarial
+from hf_unlearnable.defenses.augmented import Augmented
+from hf_unlearnable.defenses.base import Defense, describe
+from hf_unlearnable.defenses.blur import GaussianBlur
+from hf_unlearnable.defenses.data import DataDefense
+from hf_unlearnable.defenses.displace import RandomDisplacement
+from hf_unlearnable.defenses.dvae import Dvae
+from hf_unlearnable.defenses.erm import Erm
+from hf_unlearnable.defenses.filters import DeconvolutionAdversarial, RandomFilter
+from hf_unlearnable.defenses.fresh import EachStep
+from hf_unlearnable.defenses.mixing import Cutmix, Mixup
+from hf_unlearnable.defenses.orthogonal import OrthogonalRegularization
+from hf_unlearnable.defenses.projection import OrthogonalProjection
+from hf_unlearnable.defenses.resize import Resize
+from hf_unlearnable.defenses.sda import AdversarialNoise
+from hf_unlearnable.defenses.sharpen import RandomSharpening
+from hf_unlearnable.defenses.smoothing import Smoothing
+from hf_unlearnable.defenses.squeeze import BitDepth, Grayscale, Jpeg
+from hf_unlearnable.defenses.strong import StrongAugmentation
+from hf_unlearnable.defenses.ueraser import Ueraser
+
+SuiteName = Literal["quick", "standard", "full"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Attacker:
+    """What a trainer does: data defenses, one after the other on the whole split, and then a training.
+
+    Args:
+        name: in tables and file names.
+        data: fitted to the published rows and applied to them, once.
+        loss: the training's.
+        backbone: the victim's, where it is another than the suite's.
+        changes: to the suite's recipe.
+    """
+
+    name: str
+    data: tuple[DataDefense, ...] = ()
+    loss: Defense = field(default_factory=Erm)
+    backbone: str | None = None
+    changes: Mapping[str, Any] = field(default_factory=dict)
+
+    def described(self) -> dict[str, Any]:
+        """As plain data; two attackers of one description do the same."""
+        return {
+            "data": [describe(defense) for defense in self.data],
+            "loss": describe(self.loss),
+            "backbone": self.backbone,
+            "changes": dict(self.changes),
+        }
+
+
+@dataclass(frozen=True, kw_only=True)
+class Suite:
+    """How thoroughly a dataset is attacked.
+
+    Args:
+        backbone, recipe: of the victims.
+        seeds: of the trainings.
+        rows: the most training rows; None for all.
+        attackers: the first is plain training.
+        fractions: shares of protected rows, mixed with clean ones, under plain training.
+        least_train_accuracy: what plain training must reach on the published rows, or its figures are refused as those
+            of a victim that was trained too little; None: as much as on the clean rows, less two points.
+    """
+
+    name: str
+    backbone: str
+    recipe: str
+    seeds: tuple[int, ...]
+    rows: int | None
+    attackers: tuple[Attacker, ...]
+    fractions: tuple[float, ...] = ()
+    least_train_accuracy: float | None = None
+
+
+def _attacker(name: str, *defenses: Defense | DataDefense, **more: Any) -> Attacker:
+    """Data defenses in their order and at most one loss, last."""
+    data: list[DataDefense] = []
+    loss: Defense = Erm()
+    for defense in reversed(defenses):
+        if not isinstance(defense, DataDefense):
+            loss = defense
+        elif defense.each_step == "never":
+            data.insert(0, defense)
+        else:
+            loss = EachStep(defense, loss)
+    return Attacker(name=name, data=tuple(data), loss=loss, **more)
+
+
+def _core(at: Adversarial) -> tuple[Attacker, ...]:
+    return (
+        _attacker("erm"),
+        _attacker("grayscale", Grayscale()),
+        _attacker("jpeg-10", Jpeg(quality=10)),
+        _attacker("bit-depth-2", BitDepth(bits=2)),
+        _attacker("ueraser-lite", Ueraser(mode="lite")),
+        _attacker("ueraser", Ueraser()),
+        _attacker("at-4", at),
+        _attacker("rsk-ff", RandomSharpening()),
+        _attacker("coin", RandomDisplacement()),
+        _attacker("op", OrthogonalProjection()),
+        _attacker("cutmix", Cutmix()),
+    )
+
+
+def _tier_1() -> tuple[Attacker, ...]:
+    return (
+        *_core(Adversarial()),
+        _attacker("ueraser-max", Ueraser(mode="max")),
+        _attacker("mixup", Mixup()),
+        _attacker("cutout", Augmented("cutout")),
+        _attacker("jpeg-50", Jpeg(quality=50)),
+        _attacker("gaussian-blur", GaussianBlur()),
+        _attacker("grayscale+jpeg-10", Grayscale(), Jpeg(quality=10)),
+        _attacker("jpeg-10+ueraser", Jpeg(quality=10), Ueraser()),
+        _attacker("coin+rsk-ff", RandomDisplacement(), RandomSharpening()),
+        _attacker("op+cutmix", OrthogonalProjection(), Cutmix()),
+        _attacker("republished jpeg-75", Jpeg(quality=75)),
+        _attacker("republished half size", Resize(scale=0.5)),
+        _attacker("erm on vgg16_bn", backbone="vgg16_bn"),
+        _attacker("erm on densenet121", backbone="densenet121"),
+    )
+
+
+def _tier_2() -> tuple[Attacker, ...]:
+    return (
+        _attacker("at-2", Adversarial(radius=2 / 255)),
+        _attacker("at-8", Adversarial(radius=8 / 255)),
+        _attacker("at-l2-0.5", Adversarial(norm="l2", radius=0.5)),
+        _attacker("smoothing", Smoothing()),
+        _attacker("orthogonal", OrthogonalRegularization()),
+        _attacker("random-filter", RandomFilter()),
+        *(_attacker(f"dat-{k}", DeconvolutionAdversarial(filter_size=k)) for k in (3, 5, 7)),
+        _attacker("auto-augment", Augmented("auto_augment")),
+        _attacker("rand-augment", Augmented("rand_augment")),
+        _attacker("trivial-augment", Augmented("trivial_augment")),
+        _attacker("sda-an", AdversarialNoise(), StrongAugmentation()),
+        _attacker("d-vae", Dvae()),
+        _attacker("republished jpeg-95", Jpeg(quality=95)),
+        _attacker("republished one and a half size", Resize(scale=1.5)),
+    )
+
+
+def suite(name: SuiteName) -> Suite:
+    """A suite by name.
+
+    - quick: the tiny network on at most 10,000 rows, five epochs: an hour on two CPU cores. Its adversarial training
+      takes three steps of 2/255 where the others take ten of 0.8/255.
+    - standard: ResNet-18 on all rows for 30 epochs, tier 1 of the protocol, fractions 0.5 and 0.8.
+    - full: ResNet-18 by `cuda100`, tiers 1 and 2, three seeds, fractions 0.1 to 0.9.
+
+    Raises:
+        ValueError: there is no such suite.
+
+    Source: METHODS_NEW part IV, P5. Deviations: AVATAR, SimCLR, DFR and the adaptive tier 3 are no part of any suite
+    (DFR and probes: `hf_unlearnable.last_layer`, `hf_unlearnable.probes`).
+    """
+    if name == "quick":
+        weak = Adversarial(pgd_steps=3, pgd_step_size=2 / 255)
+        return Suite(name=name, backbone="tiny", recipe="tiny", seeds=(0, 1), rows=10_000, attackers=_core(weak))
+    if name == "standard":
+        return Suite(
+            name=name,
+            backbone="resnet18",
+            recipe="fast",
+            seeds=(0, 1),
+            rows=None,
+            attackers=_tier_1(),
+            fractions=(0.5, 0.8),
+            least_train_accuracy=0.95,
+        )
+    if name == "full":
+        return Suite(
+            name=name,
+            backbone="resnet18",
+            recipe="cuda100",
+            seeds=(0, 1, 2),
+            rows=None,
+            attackers=(*_tier_1(), *_tier_2()),
+            fractions=(0.1, 0.2, 0.5, 0.8, 0.9),
+            least_train_accuracy=0.95,
+        )
+    raise ValueError(f"expected a suite of {get_args(SuiteName)}, got {name!r}")

@@ -1,0 +1,143 @@
+"""Arms: the rows that victims are trained on are those that were published, and the clean ones behind them."""
+
+import json
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from datasets import DatasetDict, concatenate_datasets
+
+from hf_unlearnable import LspPoison
+from hf_unlearnable.batches import Batches, stratified_rows
+from hf_unlearnable.evaluation.arms import Arm, Rows, pixels_sha256
+from hf_unlearnable.evaluation.protocol import protected_arms
+from hf_unlearnable.protect import protect
+
+
+def rows_of(shapes: DatasetDict, **changes) -> Rows:
+    how = {"rows": None, "validation_rows": 60, "progress": False, **changes}
+    return Rows(shapes["train"], shapes["test"], **how)
+
+
+def arm(kind: str, path: Path, **more) -> Arm:
+    return Arm(label="x", kind=kind, path=str(path), **more)  # type: ignore[arg-type]
+
+
+def test_the_protected_arm_is_what_was_published_and_clean_what_is_behind(
+    shapes: DatasetDict, protected_once: list[Path]
+) -> None:
+    rows = rows_of(shapes)
+    published = rows.training(arm("protected", protected_once[0]))
+    clean = rows.training(arm("clean", protected_once[0]))
+    expected = Batches.load(LspPoison(seed=0).apply(shapes["train"]), progress=False)
+    assert torch.equal(published.pixels, expected.pixels)
+    assert torch.equal(clean.pixels, Batches.load(shapes["train"], progress=False).pixels)
+    record = json.loads((protected_once[0] / "record.json").read_text())
+    assert pixels_sha256(published) == record["published"]["pixels_sha256"]
+    assert pixels_sha256(clean) == record["source"]["pixels_sha256"]
+
+
+def test_validation_and_test_rows_part_the_test_split_evenly(shapes: DatasetDict) -> None:
+    rows = rows_of(shapes)
+    assert (len(rows.validation), len(rows.test)) == (60, 140)
+    assert torch.bincount(rows.validation.labels).tolist() == [6] * 10
+    together = torch.cat([rows.validation.pixels, rows.test.pixels]).flatten(1)
+    whole = Batches.load(shapes["test"], progress=False).pixels.flatten(1)
+    assert sorted(map(bytes, together.numpy())) == sorted(map(bytes, whole.numpy()))
+
+
+def test_mixed_and_remaining_rows_are_complements_and_nested(shapes: DatasetDict, protected_once: list[Path]) -> None:
+    rows = rows_of(shapes)
+    published, clean = rows.protected(str(protected_once[0]))
+    kept = {}
+    for fraction in (0.25, 0.5):
+        mixed = rows.training(arm("mix", protected_once[0], fraction=fraction))
+        poisoned = (mixed.pixels != clean.pixels).flatten(1).any(1)
+        assert int(poisoned.sum()) == round(160 * fraction)
+        assert torch.equal(mixed.pixels[poisoned], published.pixels[poisoned])
+        rest = rows.training(arm("remainder", protected_once[0], fraction=fraction))
+        assert torch.equal(rest.pixels, clean.pixels[~poisoned])
+        assert torch.equal(rest.labels, clean.labels[~poisoned])
+        kept[fraction] = poisoned
+    assert bool((kept[0.5] | ~kept[0.25]).all())
+
+
+def test_controls(shapes: DatasetDict, protected_once: list[Path]) -> None:
+    rows = rows_of(shapes)
+    clean = rows.training(arm("clean", protected_once[0]))
+    noisy = rows.training(arm("noise", protected_once[0], epsilon=4 / 255))
+    assert int((noisy.pixels.int() - clean.pixels.int()).abs().max()) == 4
+    shuffled = rows.training(arm("shuffled", protected_once[0]))
+    assert torch.equal(shuffled.pixels, clean.pixels)
+    assert torch.bincount(shuffled.labels).tolist() == torch.bincount(clean.labels).tolist()
+    assert (shuffled.labels != clean.labels).float().mean() > 0.7
+
+
+def test_fewer_rows_are_the_same_rows_in_every_arm(shapes: DatasetDict, protected_once: list[Path]) -> None:
+    few, all_rows = rows_of(shapes, rows=40), rows_of(shapes)
+    chosen = stratified_rows(all_rows.clean.labels, 40, key=0)
+    for kind in ("protected", "clean"):
+        whole = all_rows.training(arm(kind, protected_once[0]))
+        assert torch.equal(few.training(arm(kind, protected_once[0])).pixels, whole.pixels[chosen])
+
+
+def test_a_protected_part_is_matched_with_its_clean_rows(shapes: DatasetDict, tmp_path: Path) -> None:
+    label = torch.tensor(shapes["train"]["label"])
+    drawn = shapes["train"].select(stratified_rows(label, 50, key=0).tolist())
+    for name, part in (("first", shapes["train"].select(range(40))), ("drawn", drawn)):
+        protect(part, LspPoison(seed=3), tmp_path / name, source="demo", progress=False)
+        clean = rows_of(shapes).training(arm("clean", tmp_path / name))
+        assert torch.equal(clean.pixels, Batches.load(part, progress=False).pixels)
+    other = shapes["train"].select(range(5, 60))
+    protect(other, LspPoison(seed=3), tmp_path / "other", source="demo", progress=False)
+    with pytest.raises(ValueError, match="give the one that was protected"):
+        rows_of(shapes).training(arm("clean", tmp_path / "other"))
+
+
+def test_a_changed_folder_is_refused(protected_once: list[Path], shapes: DatasetDict, tmp_path: Path) -> None:
+    folder = tmp_path / "changed"
+    shutil.copytree(protected_once[0], folder)
+    shutil.copy(next((protected_once[1] / "data").iterdir()), next((folder / "data").iterdir()))
+    with pytest.raises(ValueError, match="changed after it was protected"):
+        rows_of(shapes).training(arm("protected", folder))
+
+
+def test_test_rows_among_the_training_rows_are_refused(shapes: DatasetDict) -> None:
+    leaky = DatasetDict(
+        {"train": shapes["train"], "test": concatenate_datasets([shapes["test"], shapes["train"].select([17])])}
+    )
+    with pytest.raises(ValueError, match=r"row 17 of the clean training rows is also test row 200"):
+        rows_of(leaky)
+
+
+@pytest.mark.parametrize("count", [0, 49, 101])
+def test_too_few_rows_to_choose_on(shapes: DatasetDict, count: int) -> None:
+    with pytest.raises(ValueError, match="at least 5 rows a class"):
+        rows_of(shapes, validation_rows=count)
+
+
+def test_test_classes_in_another_order_are_matched_by_name(shapes: DatasetDict) -> None:
+    names = shapes["test"].features["label"].names
+    turned = names[3:] + names[:3]
+
+    def renamed(row: dict) -> dict:
+        return {"label": turned.index(names[row["label"]])}
+
+    features = shapes["test"].features.copy()
+    features["label"] = type(features["label"])(names=turned)
+    other = shapes["test"].map(renamed, features=features)
+    found = rows_of(DatasetDict({"train": shapes["train"], "test": other})).test
+    assert np.array_equal(found.labels, rows_of(shapes).test.labels)
+
+
+def test_arms_from_the_command_line(protected_once: list[Path], tmp_path: Path, shapes: DatasetDict) -> None:
+    a, b = map(str, protected_once)
+    arms = protected_arms([a, f"mine={b}", b])
+    assert [(one.label, one.number) for one in arms] == [("lsp", 0), ("mine", 0), ("lsp", 1)]
+    with pytest.raises(FileNotFoundError, match=r"record\.json"):
+        protected_arms([str(tmp_path)])
+    protect(shapes["train"].select(range(40)), LspPoison(seed=3), tmp_path / "few", source="demo", progress=False)
+    with pytest.raises(ValueError, match="the same clean rows"):
+        protected_arms([a, str(tmp_path / "few")])
