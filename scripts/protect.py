@@ -70,7 +70,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--output", required=True, type=Path, help="folder to make")
     parser.add_argument("--overwrite", action="store_true", help="replace an existing output")
     parser.add_argument("--record-seed", action="store_true", help="write the int seed into record.json")
-    parser.add_argument("--rows", type=int, help="only so many rows (for a try)")
+    parser.add_argument("--rows", type=int, help="only so many rows, drawn class by class")
     parser.add_argument("--num-proc", type=int, help="worker processes")
     parser.add_argument("--batch-size", type=int, default=500, help="pictures held at a time (default: 500)")
     parser.add_argument("--protect-classes", nargs="+", help="names or numbers of the classes to protect; default: all")
@@ -85,11 +85,12 @@ def main(argv: Sequence[str] | None = None) -> None:
         sys.exit(f"protect.py: {error}")
 
 
-def few(dataset: Dataset, rows: int, poison_class: type[hu.Poison]) -> Dataset:
-    """The first rows; for a poison with a surrogate those that train_surrogate.py --rows trains on."""
-    if not issubclass(poison_class, hu.SurrogatePoison):
+def few(dataset: Dataset, rows: int, label_column: str | None) -> Dataset:
+    """The rows that every script's --rows means, drawn class by class; of unlabelled pictures the first."""
+    try:
+        label = columns.label_column(dataset.features, label_column)
+    except ValueError:
         return dataset.select(range(rows))
-    label = columns.label_column(dataset.features)
     columns.check_labels(dataset.with_format("arrow")[label], columns.class_names(dataset.features, label), label)
     return dataset.select(stratified_rows(torch.tensor(dataset[label][:]), rows, key=0).tolist())
 
@@ -99,7 +100,8 @@ def run(arguments: argparse.Namespace, poison_class: type[hu.Poison]) -> None:
     if arguments.rows is not None:
         if arguments.rows < 1:
             raise ValueError(f"--rows is 1 or more, got {arguments.rows}")
-        dataset = few(dataset, min(arguments.rows, len(dataset)), poison_class)
+        label = getattr(arguments, "label_column", None)
+        dataset = few(dataset, min(arguments.rows, len(dataset)), label)
     settings = options.given(arguments, poison_class, skip=settled(poison_class))
     seed = arguments.seed
     if arguments.key_file is not None:
