@@ -11,7 +11,7 @@ PACKAGE = Path(__file__).parent.parent / "hf_unlearnable"
 
 L0 = {"keys", "images", "budget", "networks", "architectures", "columns", "options", "recipes", "environment"}
 L1 = {"transform", "pgd", "augment", "batches", "checkpoint", "demo", "sources", "training"}
-L1 |= {"draws", "policies", "plasma"}
+L1 |= {"draws", "policies", "plasma", "erasing"}
 MAY_IMPORT: dict[str, set[str]] = {
     "keys": set(),
     "images": set(),
@@ -24,6 +24,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "draws": {"images", "keys"},
     "policies": {"augment", "images", "plasma"},
     "plasma": {"augment", "images"},
+    "erasing": {"augment", "plasma", "policies"},
     "pgd": {"augment", "budget", "networks"},
     "augment": {"images", "keys"},
     "batches": {"images", "keys", "columns"},
@@ -50,6 +51,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "detection": {"result", "victim", "defenses", "probes"} | L0 | L1,
     "last_layer": {"result", "victim", "defenses", "probes"} | L0 | L1,
     "certificate": {"keys"},
+    "benchmarks": {"benchmarks", "fitting", "defenses", "poisons"} | L0 | L1,
     "evaluation": {"evaluation", "result", "victim", "defenses", "poisons", "record", "report", "card"} | L0 | L1,
 }
 

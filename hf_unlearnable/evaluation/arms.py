@@ -116,6 +116,10 @@ class Rows:
             return clean.select((~keep).nonzero()[:, 0])
         return replace(clean, pixels=torch.where(keep[:, None, None, None], published.pixels, clean.pixels))
 
+    def source(self, arm: Arm) -> str:
+        """The name of the dataset that an arm's folder says it was made of."""
+        return Record.load(Path(arm.path) / "record.json").source["dataset"]
+
     @lru_cache(maxsize=2)  # noqa: B019  (one object a process)
     def protected(self, folder: str) -> tuple[Batches, Batches]:
         """All published rows of a folder, and the clean rows they were made of, checked against each other."""

@@ -199,7 +199,7 @@ class Worker:
         """
         paper = None
         if job.arm.kind in ("protected", "clean") and job.steps is None:
-            paper = reported(job.arm.label, job.attacker.name)
+            paper = reported(self.rows.source(job.arm), job.arm.label, job.attacker.name)
         described = job.described()
         try:
             return Outcome(job=described, result=self._train(job), reported=paper)

@@ -15,7 +15,10 @@ from hf_unlearnable.result import Result
 
 
 def heat_map(cells: Sequence[Cell], path: Path, *, title: str, chance: float) -> None:
-    """Test accuracy of every attacker (columns) on every arm (rows), the most learnable arm at the top."""
+    """Test accuracy of every attacker (columns) on every arm (rows), the most learnable arm at the top.
+
+    Colours begin at chance; the highest figure of a row is bold.
+    """
     attackers = list(dict.fromkeys(cell.attacker for cell in cells))
     by = {(cell.arm, cell.attacker): cell for cell in cells}
     worth: dict[str, float] = {}
@@ -50,7 +53,7 @@ def heat_map(cells: Sequence[Cell], path: Path, *, title: str, chance: float) ->
             fontweight="bold" if most else "normal",
         )
     axes.set_title(title, fontsize="medium", loc="left")
-    figure.colorbar(image, label="clean test accuracy, % (from chance up)")
+    figure.colorbar(image, label="test accuracy, %")
     save(figure, path)
 
 
@@ -74,7 +77,8 @@ def curves(outcomes: Sequence[Outcome], path: Path, *, title: str) -> None:
         chance = results[0].chance
     if chance is not None:
         axes.axhline(chance, color="0.4", linestyle="--", linewidth=1, label=f"chance ({chance:.2f})")
-    axes.set(xlabel="epoch", ylabel="clean test accuracy", ylim=(0, 1.02))
+    most = max((float(np.max(line.get_ydata())) for line in axes.get_lines()), default=1.0)
+    axes.set(xlabel="epoch", ylabel="clean test accuracy", ylim=(0, 1.1 * most))
     axes.set_title(title, fontsize="medium", loc="left")
     axes.xaxis.set_major_locator(MaxNLocator(integer=True))
     axes.grid(alpha=0.3)

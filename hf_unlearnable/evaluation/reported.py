@@ -79,9 +79,15 @@ _CIFAR10: dict[tuple[str, str], tuple[float, str]] = {
 }
 
 
-def reported(method: str, attacker: str) -> dict[str, Any] | None:
-    """A paper's test accuracy (a fraction) for this pair, with its setting and source; None where none was read."""
-    found = _CIFAR10.get((method, attacker))
-    if found is None:
+def reported(dataset: str, label: str, attacker: str) -> dict[str, Any] | None:
+    """A paper's test accuracy (a fraction) with its setting and source; None where none was read.
+
+    Args:
+        dataset: the name of what was protected; the figures are for CIFAR-10.
+        label: the method's name in this library, or "clean".
+        attacker: its name in the suites.
+    """
+    found = _CIFAR10.get((label, attacker))
+    if found is None or "cifar10" not in dataset.lower().replace("-", "").replace("_", ""):
         return None
     return {"test_accuracy": round(found[0] / 100, 4), "setting": "CIFAR-10, ResNet-18", "source": found[1]}

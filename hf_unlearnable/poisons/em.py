@@ -2,7 +2,7 @@
 
 import dataclasses
 from dataclasses import dataclass
-from typing import Any, ClassVar, Literal, TypeAlias
+from typing import Any, ClassVar, Literal
 
 import torch
 from torch import Tensor
@@ -10,6 +10,7 @@ from torch import Tensor
 from hf_unlearnable.augment import Augmentation, CropFlip
 from hf_unlearnable.budget import Budget
 from hf_unlearnable.draws import Draws
+from hf_unlearnable.erasing import UeraserAugmentation
 from hf_unlearnable.fitting import Fit, Setup
 from hf_unlearnable.images import Images, Labels
 from hf_unlearnable.pgd import Pgd, RowDraws
@@ -21,7 +22,7 @@ from hf_unlearnable.poisons.with_surrogate import SurrogatePoison, settled
 from hf_unlearnable.recipes import Recipe
 from hf_unlearnable.surrogate import Surrogate
 
-Views: TypeAlias = Literal["none", "crop_flip"]
+VIEWS = ("none", "crop_flip", "plasma", "shuffle", "plasma-shuffle", "ueraser")
 CHUNK = 640
 """Pictures in one pass through the network."""
 REM_RECIPE = dataclasses.replace(RobustEmPoison.recipe, name="em-rem-repo")
@@ -54,8 +55,10 @@ class EmPoison(SurrogatePoison):
             `positive_only`.
         pgd_steps, pgd_step_size: signed descent on the noise. Default: 20 of 0.8/255; "classwise" 1 of 0.8/255;
             "rem-repo" 10 of 1.6/255.
-        noise_views: random views of x + delta for the network and for the noise, new ones at every step: "none" or
-            "crop_flip". With "none" the network's views are the recipe's. Default: "none"; "rem-repo": "crop_flip".
+        noise_views: random views of x + delta for the network and for the noise, new ones at every step: "none",
+            "crop_flip", or, against a trainer with UEraser, parts of its chain (plasma pictures, channels in any order)
+            or all of it ("ueraser", with TrivialAugment). With "none" the network's views are the recipe's. Default:
+            "none"; "rem-repo": "crop_flip".
         train_steps_per_round: batches that train f in a round.
         stop_error: share of errors of f, in evaluation mode and without views, in [0, 1]. Default: 0.01; "classwise"
             0.1.
@@ -76,7 +79,7 @@ class EmPoison(SurrogatePoison):
 
     Source: "Unlearnable Examples", Huang et al. 2021, its repository (METHODS 5.1, 5.2; CIFAR-100: 20 batches a round,
     weight decay 5e-5; ImageNet-100: epsilon 16/255, steps of 1.6/255, 100 batches of 32 a round, stop_error 0.1, weight
-    decay 5e-5) and `generate_em.py` of REM's repository (METHODS 5.3).
+    decay 5e-5), `generate_em.py` of REM's repository (METHODS 5.3), and UEraser's adaptive attack (its Table 5).
     Deviations: the official dataset class drops all negative noise when it adds it: `positive_only=True`. The fixed
     batches are drawn once from the seed, official: cut in the order of the file, which may be sorted by class. Noise of
     pictures is kept in the box after every step; official noise may leave it by one step until it is published, so that
@@ -100,7 +103,7 @@ class EmPoison(SurrogatePoison):
     variant: Literal["original", "rem-repo"] = settled("original")
     pgd_steps: int | None = settled(None)
     pgd_step_size: float | None = settled(None)
-    noise_views: Literal["none", "crop_flip"] | None = settled(None)
+    noise_views: Literal["none", "crop_flip", "plasma", "shuffle", "plasma-shuffle", "ueraser"] | None = settled(None)
     train_steps_per_round: int = settled(10)
     stop_error: float | None = settled(None)
     max_rounds: int = settled(100)
@@ -114,7 +117,7 @@ class EmPoison(SurrogatePoison):
         for name, values in (
             ("mode", ("samplewise", "classwise")),
             ("variant", ("original", "rem-repo")),
-            ("noise_views", ("none", "crop_flip", None)),
+            ("noise_views", (*VIEWS, None)),
             ("noise", ("bank", "regenerate")),
             ("unknown", ("error", "regenerate")),
         ):
@@ -209,9 +212,15 @@ class EmPoison(SurrogatePoison):
         return self.noise_pgd(surrogate.image_size).run(cross_entropy(network, y), x, model=network, draws=draws)
 
 
-def views(name: Views, image_size: tuple[int, int]) -> Augmentation | None:
+def views(name: str, image_size: tuple[int, int]) -> Augmentation | None:
     """The random transformation of that name for pictures of this size; gradients flow through it."""
-    return None if name == "none" else CropFlip(padding=round(min(image_size) / 8))
+    if name == "none":
+        return None
+    if name == "crop_flip":
+        return CropFlip(padding=round(min(image_size) / 8))
+    plasma = 0.5 if name in ("plasma", "plasma-shuffle", "ueraser") else 0.0
+    shuffle = 0.5 if name != "plasma" else 0.0
+    return UeraserAugmentation(brightness=plasma, contrast=plasma, shuffle=shuffle, trivial=name == "ueraser")
 
 
 class _RowsOf:

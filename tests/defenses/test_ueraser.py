@@ -11,7 +11,8 @@ from hf_unlearnable import create_network
 from hf_unlearnable.augment import augment, take
 from hf_unlearnable.budget import Budget
 from hf_unlearnable.defenses.base import describe
-from hf_unlearnable.defenses.ueraser import Ueraser, UeraserAugmentation
+from hf_unlearnable.defenses.ueraser import Ueraser
+from hf_unlearnable.erasing import UeraserAugmentation
 from hf_unlearnable.pgd import Pgd
 from hf_unlearnable.policies import OPERATIONS
 

@@ -19,8 +19,9 @@ from torch import Tensor, nn
 from hf_unlearnable.augment import CropFlip
 from hf_unlearnable.batches import Batches
 from hf_unlearnable.draws import Draws
+from hf_unlearnable.erasing import UeraserAugmentation
 from hf_unlearnable.fitting import Setup
-from hf_unlearnable.poisons.em import REM_RECIPE, EmPoison
+from hf_unlearnable.poisons.em import REM_RECIPE, EmPoison, views
 from hf_unlearnable.poisons.em_fit import ClasswiseFit, EmFit, SamplewiseFit
 from hf_unlearnable.poisons.noise_bank import NoiseBank
 from hf_unlearnable.poisons.robust_em import RobustFit, SemPoison
@@ -36,6 +37,7 @@ KINDS: dict[str, dict[str, Any]] = {
     "classwise": {"mode": "classwise", "pgd_steps": 1, "search_fraction": 0.5},
     "rem-repo": {"variant": "rem-repo"},
     "views": {"noise_views": "crop_flip"},
+    "adaptive": {"noise_views": "ueraser"},
 }
 
 
@@ -216,10 +218,10 @@ def test_the_network_is_trained_on_all_rows_and_the_noise_made_on_some(
     assert len(fit.rows) == 8
 
 
-@pytest.mark.parametrize("augmentation", ["none", "crop_flip"])
+@pytest.mark.parametrize("augmentation", ["none", "crop_flip", "ueraser"])
 def test_views_are_for_noise_and_network(augmentation: Any, batches: Batches, accelerator: Accelerator) -> None:
     fit = fit_of(EmPoison(**SMALL, noise_views=augmentation), batches, accelerator)
-    expected = None if augmentation == "none" else CropFlip(padding=4)
+    expected = {"none": None, "crop_flip": CropFlip(padding=4), "ueraser": UeraserAugmentation()}[augmentation]
     assert fit.augmentation == fit.noise.augmentation == expected
     shown: list[Tensor] = []
     fit.modules["network"].register_forward_pre_hook(lambda module, x: shown.append(x[0].detach().clone()))
@@ -234,6 +236,18 @@ def test_views_are_for_noise_and_network(augmentation: Any, batches: Batches, ac
     own = fit_of(EmPoison(**SMALL), batches, accelerator, augmentation="flip")
     assert own.augmentation == CropFlip(padding=0, flip=0.5), "the recipe's, where the poison has none"
     assert own.noise.augmentation is None
+
+
+def test_parts_of_ueraser_are_switched_off() -> None:
+    switched = {name: views(name, (32, 32)) for name in ("plasma", "shuffle", "plasma-shuffle", "ueraser")}
+    assert all(isinstance(one, UeraserAugmentation) for one in switched.values())
+    settings = {n: (v.brightness, v.contrast, v.shuffle, v.trivial) for n, v in switched.items()}  # type: ignore[union-attr]
+    assert settings == {
+        "plasma": (0.5, 0.5, 0.0, False),
+        "shuffle": (0.0, 0.0, 0.5, False),
+        "plasma-shuffle": (0.5, 0.5, 0.5, False),
+        "ueraser": (0.5, 0.5, 0.5, True),
+    }
 
 
 # What ends it.
@@ -287,7 +301,7 @@ import sys, torch
 sys.path.insert(0, sys.argv[1])
 from accelerate import Accelerator
 from tests.poisons.test_em import KINDS, SMALL, make_batches, quick
-from hf_unlearnable.poisons.em import EmPoison
+from hf_unlearnable.poisons.em import EmPoison, views
 from hf_unlearnable.training import Unfinished
 accelerator = Accelerator(cpu=True)
 for kind in ("samplewise", "classwise"):
