@@ -1,20 +1,24 @@
-"""Train victims on clean and on poisoned rows, over several seeds, and print one table.
+"""Compare poisons: protect the same rows with each of them, under several keys, and let every attacker at the result.
 
-    python scripts/compare.py --dataset ../shared/data/cifar10 --rows 10000 --seeds 0 1 2 --output runs/compare
-    python scripts/compare.py --dataset demo --poisons clean cuda --rows 2000 --output runs/compare-demo
+    python scripts/compare.py --dataset ../shared/data/cifar10 --rows 10000 --seeds 0 1 --output runs/compare
+    python scripts/compare.py --dataset demo --poisons cuda lsp --rows 2000 --output runs/few -- --attackers erm jpeg-10
 
-Every training is plain (ERM); its seed is also the poison's key. Poisons that need a surrogate get one of the same
-seed, trained on the same rows with the small budgets below (`SURROGATES`): they are for two CPU cores, not the papers'.
-It is kept in the output. Besides the poisons by name there are `clean` and
-`cuda-universal` (one filter for all classes: should hurt little); for `cuda` there are two more test sets: the test
-pictures under their class's filter (should be near 100 %) and under the next class's (should be near 0). These are the
-checks of the CUDA paper, section 5.2. Each training leaves one JSON file in the output; the same command goes on after
-an interruption.
+For every poison and seed (which is its key) the output gets surrogates/NAME-SEED.safetensors, where it needs one, and
+the folder protected/NAME-SEED; then `scripts/evaluate.py` is run over all into evaluation/. What follows `--` are
+its options (`--suite`, `--attackers erm` for plain training alone, `--seeds` of the trainings, `--workers 2`,
+`--max-minutes`). The same command goes on after an interruption; poisons and seeds may be added later.
+
+Surrogates are trained on the same rows with the small budgets below (`SURROGATES`): they are for two CPU cores, not the
+papers'. Besides the poisons by name there is `cuda-universal` (one filter for all classes: should hurt little).
+
+`--checks` trains a plain victim on each `cuda` dataset and tests it on the test pictures under their class's filter
+(should be near 100 %) and under the next class's (near 0): the CUDA paper, section 5.2.
 """
 
 import argparse
 import json
 import statistics
+import subprocess
 import sys
 from collections.abc import Sequence
 from dataclasses import replace
@@ -29,8 +33,9 @@ import hf_unlearnable as hu
 from hf_unlearnable import columns, sources
 from hf_unlearnable.batches import Batches, stratified_rows
 from hf_unlearnable.defenses.erm import Erm
-from hf_unlearnable.networks import Network, create_network
-from hf_unlearnable.recipes import RECIPES, changed, recipe
+from hf_unlearnable.networks import create_network
+from hf_unlearnable.protect import protect
+from hf_unlearnable.recipes import changed, recipe
 from hf_unlearnable.victim import evaluate, train
 
 ROBUST: dict[str, Any] = {
@@ -68,59 +73,126 @@ SURROGATES: dict[str, tuple[hu.SurrogatePoison, dict[str, Any]]] = {
     ),
     "pil": (hu.PilPoison(), {"epochs": 147}),
 }
-WITHOUT = ("clean", "random-noise", "cuda", "lsp", "ar", "ops", "cuda-universal")
+WITHOUT: dict[str, type[hu.Poison]] = {
+    "cuda": hu.CudaPoison,
+    "lsp": hu.LspPoison,
+    "ar": hu.ArPoison,
+    "ops": hu.OpsPoison,
+    "cuda-universal": hu.CudaPoison,
+}
 POISONS = (*WITHOUT, *SURROGATES)
-CHECKS = {"own": "classwise", "next class's": "permuted"}
+CHECKS = {"own class's": "classwise", "next class's": "permuted"}
 
 
-def poison_of(name: str, dataset: Dataset, seed: int, classes: int, arguments: argparse.Namespace) -> hu.Poison | None:
-    if name == "clean":
-        return None
+def main(argv: Sequence[str] | None = None) -> int:
+    given = list(sys.argv[1:] if argv is None else argv)
+    at = given.index("--") if "--" in given else len(given)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
+    )
+    parser.add_argument("--dataset", required=True, help="Hub id, folder of pictures, parquet, save_to_disk, or demo")
+    parser.add_argument("--train-split", default="train")
+    parser.add_argument("--test-split", default="test")
+    parser.add_argument("--rows", type=int, default=10_000, help="training rows, class by class (default: 10000)")
+    parser.add_argument("--poisons", nargs="+", default=list(POISONS), choices=POISONS, help="default: all")
+    parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1], help="of the poisons (default: 0 1)")
+    parser.add_argument("--backbone", default="tiny", help="of the surrogates (default: tiny)")
+    parser.add_argument("--checks", action="store_true", help="the CUDA paper's checks")
+    parser.add_argument("--output", type=Path, required=True, help="folder for everything")
+    arguments = parser.parse_args(given[:at])
+    try:
+        return run(arguments, given[at + 1 :])
+    except (ValueError, OSError) as error:
+        print(f"compare.py: {error}", file=sys.stderr)
+        return 1
+
+
+def run(arguments: argparse.Namespace, options: list[str]) -> int:
+    training = sources.load_split(arguments.dataset, arguments.train_split)
+    label = columns.label_column(training.features)
+    columns.check_labels(training.with_format("arrow")[label], columns.class_names(training.features, label), label)
+    kept = stratified_rows(torch.tensor(training[label]), min(arguments.rows, len(training)), key=0)
+    training = training.select(kept.tolist())
+    protected = []
+    for seed in arguments.seeds:
+        for name in arguments.poisons:
+            folder = arguments.output / "protected" / f"{name}-{seed}"
+            if not folder.exists():
+                print(f"{name}, seed {seed}", flush=True)
+                poison = poison_of(name, training, seed, arguments)
+                source = arguments.dataset
+                protect(training, poison, folder, source=source, split=arguments.train_split, record_seed=True)
+            protected.append(f"{name}={folder}")
+    if arguments.checks and "cuda" in arguments.poisons:
+        print(checks(arguments))
+    command = [sys.executable, str(Path(__file__).with_name("evaluate.py")), "--protected", *protected]
+    command += ["--clean", arguments.dataset, "--train-split", arguments.train_split]
+    command += ["--test-split", arguments.test_split, "--output", str(arguments.output / "evaluation")]
+    return subprocess.call([*command, *options])
+
+
+def poison_of(name: str, dataset: Dataset, seed: int, arguments: argparse.Namespace) -> hu.Poison:
     if name in SURROGATES:
-        poison, changes = SURROGATES[name]
-        path = arguments.output / f"{name}-{seed}.safetensors"
-        if not path.exists():
-            own = poison.backbone in ("linear", "none")
-            surrogate = poison.fit(
-                Batches.load(dataset, progress=False),
-                seed=seed,
-                recipe=changed(poison.recipe, **changes),
-                backbone=None if own else arguments.backbone,
-                checkpoint=path.with_name(f"{name}-{seed}.checkpoint.safetensors"),
-                source=Path(arguments.dataset).name,
-            )
-            surrogate.save(path)
-            path.with_name(f"{name}-{seed}.checkpoint.safetensors").unlink(missing_ok=True)
-        known = hu.Surrogate.load(path)
-        if known.settings != json.loads(json.dumps(poison.own_settings())) or known.provenance["seed"] != seed:
-            raise ValueError(f"{path} is of other settings than {name}, seed {seed}: delete it")
-        return type(poison).from_surrogate(known, seed=seed)
+        return trained(name, dataset, seed, arguments)
     if name == "ops":
         return hu.OpsPoison.fit(dataset, seed=seed)
-    if name == "cuda-universal":
-        return hu.CudaPoison(seed=seed, mode="universal")
-    kinds: dict[str, type[hu.Poison]] = {
-        "random-noise": hu.RandomNoisePoison,
-        "cuda": hu.CudaPoison,
-        "lsp": hu.LspPoison,
-        "ar": hu.ArPoison,
-    }
-    return kinds[name](seed=seed, num_classes=classes)
+    classes = len(columns.class_names(dataset.features, columns.label_column(dataset.features)) or ()) or None
+    poison = WITHOUT[name](seed=seed, num_classes=classes)
+    return replace(poison, mode="universal") if name == "cuda-universal" else poison  # type: ignore[call-arg]
 
 
-def one(
-    name: str, seed: int, training: Dataset, test: Dataset, clean_test: Batches, arguments: argparse.Namespace
-) -> dict[str, Any]:
-    classes = len(clean_test.classes)
-    poison = poison_of(name, training, seed, classes, arguments)
-    rows = Batches.load(training if poison is None else poison.apply(training), progress=False)
-    network = create_network(arguments.backbone, num_classes=classes, image_size=rows.image_size, seed=seed)
+def trained(name: str, dataset: Dataset, seed: int, arguments: argparse.Namespace) -> hu.Poison:
+    poison, changes = SURROGATES[name]
+    path = arguments.output / "surrogates" / f"{name}-{seed}.safetensors"
+    checkpoint = path.with_name(f"{name}-{seed}.checkpoint.safetensors")
+    if not path.exists():
+        path.parent.mkdir(parents=True, exist_ok=True)
+        surrogate = poison.fit(
+            Batches.load(dataset, progress=False),
+            seed=seed,
+            recipe=changed(poison.recipe, **changes),
+            backbone=None if poison.backbone in ("linear", "none") else arguments.backbone,
+            checkpoint=checkpoint,
+            source=Path(arguments.dataset).name,
+        )
+        surrogate.save(path)
+        checkpoint.unlink(missing_ok=True)
+    known = hu.Surrogate.load(path)
+    if known.settings != json.loads(json.dumps(poison.own_settings())) or known.provenance["seed"] != seed:
+        raise ValueError(f"{path} is of other settings than {name}, seed {seed}: delete it")
+    return type(poison).from_surrogate(known, seed=seed)
+
+
+def checks(arguments: argparse.Namespace) -> str:
+    """The accuracies of plain victims of CUDA on test pictures under filters, as a table."""
+    test = sources.load_split(arguments.dataset, arguments.test_split)
+    found: dict[str, list[float]] = {check: [] for check in CHECKS}
+    for seed in arguments.seeds:
+        path = arguments.output / f"checks-{seed}.json"
+        if not path.exists():
+            path.write_text(json.dumps(checked(arguments, test, seed)) + "\n")
+        for check, value in json.loads(path.read_text()).items():
+            found[check].append(value)
+    lines = ["| CUDA, test pictures under their | test accuracy, % | seeds |", "|---|---|---|"]
+    for check, values in found.items():
+        spread = f" ± {100 * statistics.stdev(values):.1f}" if len(values) > 1 else ""
+        lines.append(f"| {check} filter | {100 * statistics.mean(values):.1f}{spread} | {len(values)} |")
+    text = "\n".join(lines) + "\n"
+    (arguments.output / "checks.md").write_text(text)
+    return text
+
+
+def checked(arguments: argparse.Namespace, test: Dataset, seed: int) -> dict[str, float]:
     accelerator = Accelerator(mixed_precision="bf16" if torch.cuda.is_available() else "no")
-    chosen = recipe(arguments.recipe)
-    result = train(
+    how: dict[str, Any] = {"device": accelerator.device, "progress": False}
+    folder = arguments.output / "protected" / f"cuda-{seed}"
+    rows, clean = Batches.load(sources.load_split(folder), **how), Batches.load(test, **how)
+    chosen = recipe("tiny")
+    network = create_network("tiny", num_classes=len(rows.classes), image_size=rows.image_size, seed=seed)
+    train(
         network,
         rows,
-        clean_test,
+        clean,
         recipe=chosen,
         defense=Erm(),
         accelerator=accelerator,
@@ -128,125 +200,13 @@ def one(
         validation_fraction=0.0,
         evaluate_every=chosen.epochs or 1,
     )
-    last = result.curve[-1]
-    found: dict[str, Any] = {
-        "poison": name,
-        "seed": seed,
-        "settings": None if poison is None else poison.settings(),
-        "surrogate": surrogate_facts(poison),
-        "linf_levels": None if poison is None else furthest(training, rows),
-        "test_accuracy": result.test_accuracy,
-        "train_accuracy": last.train_accuracy,
-        "rows": result.train_rows,
-        "backbone": result.backbone,
-        "recipe": arguments.recipe,
-        "hardware": result.hardware,
-        "versions": result.versions,
-        "seconds": result.seconds,
-    }
-    if name == "cuda" and isinstance(poison, hu.CudaPoison):
-        found["checks"] = {
-            check: accuracy_on(replace(poison, mode=mode).apply(test), network, accelerator)
-            for check, mode in CHECKS.items()
-        }
-    return found
-
-
-def surrogate_facts(poison: hu.Poison | None) -> dict[str, Any] | None:
-    if not isinstance(poison, hu.SurrogatePoison) or poison.surrogate is None:
-        return None
-    known = poison.surrogate.provenance
-    return {name: known[name] for name in ("backbone", "recipe", "steps", "seconds", "state")}
-
-
-def furthest(clean: Dataset, poisoned: Batches) -> int:
-    """The largest change of any value, in grey levels."""
-    before = Batches.load(clean, progress=False).pixels
-    return int((poisoned.pixels.short() - before.short()).abs().max())
-
-
-def accuracy_on(dataset: Dataset, network: Network, accelerator: Accelerator) -> float:
-    test = Batches.load(dataset, device=accelerator.device, progress=False)
-    confusion = evaluate(network, test, accelerator=accelerator)
-    return float(confusion.diagonal().sum() / confusion.sum())
-
-
-def table(results: Sequence[dict[str, Any]], chance: float) -> str:
-    lines = ["| trained on | test accuracy (mean, sd) | seeds | training accuracy | L-inf |", "|---|---|---|---|---|"]
-    for name in dict.fromkeys(result["poison"] for result in results):
-        own = [result for result in results if result["poison"] == name]
-        lines.append(
-            f"| {name} | {spread([r['test_accuracy'] for r in own])} | {len(own)} | ",
-        )
-        levels = [str(r["linf_levels"]) for r in own if r.get("linf_levels") is not None]
-        lines[-1] += f"{spread([r['train_accuracy'] for r in own])} | {max(levels, key=int) if levels else ''} |"
-        for check in CHECKS:
-            values = [r["checks"][check] for r in own if "checks" in r]
-            if values:
-                lines.append(f"| {name}, test pictures under {check} filter | {spread(values)} | {len(values)} | | |")
-    lines.append(f"| chance | {100 * chance:.1f} | | | |")
-    return "\n".join(lines)
-
-
-def spread(values: Sequence[float]) -> str:
-    mean = 100 * statistics.mean(values)
-    return f"{mean:.1f} ± {100 * statistics.stdev(values):.1f}" if len(values) > 1 else f"{mean:.1f}"
-
-
-def main(argv: Sequence[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--dataset", required=True, help="Hub id, folder of pictures, parquet, save_to_disk, or demo")
-    parser.add_argument("--train-split", default="train")
-    parser.add_argument("--test-split", default="test")
-    parser.add_argument("--rows", type=int, default=10_000, help="training rows, class by class (default: 10000)")
-    parser.add_argument(
-        "--poisons", nargs="+", default=WITHOUT, choices=POISONS, help="default: those without a surrogate"
-    )
-    parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2], help="default: 0 1 2")
-    parser.add_argument("--backbone", default="tiny")
-    parser.add_argument("--recipe", default="tiny", choices=RECIPES)
-    parser.add_argument("--output", type=Path, required=True, help="folder for the results")
-    arguments = parser.parse_args(argv)
-    try:
-        run(arguments)
-    except (ValueError, OSError) as error:
-        sys.exit(f"compare.py: {error}")
-
-
-def run(arguments: argparse.Namespace) -> None:
-    training = sources.load_split(arguments.dataset, arguments.train_split)
-    test = sources.load_split(arguments.dataset, arguments.test_split)
-    label = columns.label_column(training.features)
-    columns.check_labels(training.with_format("arrow")[label], columns.class_names(training.features, label), label)
-    kept = stratified_rows(torch.tensor(training[label]), min(arguments.rows, len(training)), key=0)
-    training = training.select(kept.tolist())
-    clean_test = Batches.load(test, progress=False)
-    what = {
-        name: str(getattr(arguments, name))
-        for name in ("dataset", "train_split", "test_split", "rows", "backbone", "recipe")
-    }
-    arguments.output.mkdir(parents=True, exist_ok=True)
-    options = arguments.output / "options.json"
-    if options.exists() and json.loads(options.read_text()) != what:
-        raise ValueError(f"{arguments.output} holds results of other options: {options.read_text().strip()}")
-    options.write_text(json.dumps(what) + "\n")
-    results = []
-    for name in arguments.poisons:
-        for seed in arguments.seeds:
-            path = arguments.output / f"{name}-{seed}.json"
-            if not path.exists():
-                found = one(name, seed, training, test, clean_test, arguments)
-                partial = path.with_suffix(".partial")
-                partial.write_text(json.dumps(found, indent=1) + "\n")
-                partial.replace(path)
-            results.append(json.loads(path.read_text()))
-            print(f"{name}, seed {seed}: test accuracy {100 * results[-1]['test_accuracy']:.1f}", flush=True)
-    counts = torch.bincount(clean_test.labels)
-    text = table(results, float(counts.max() / counts.sum()))
-    (arguments.output / "table.md").write_text(text + "\n")
-    print(f"\n{Path(arguments.dataset).name}, {len(training)} rows, {arguments.backbone}, recipe {arguments.recipe}")
-    print("\n" + text)
+    result = {}
+    for check, mode in CHECKS.items():
+        poison = hu.CudaPoison(seed=seed, mode=mode)  # type: ignore[arg-type]
+        confusion = evaluate(network, Batches.load(poison.apply(test), **how), accelerator=accelerator)
+        result[check] = float(confusion.diagonal().sum() / confusion.sum())
+    return result
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())
