@@ -5,7 +5,8 @@ timm's own network with another stem wherever timm has the family; all take pict
 have timm's interface (`forward_features`, `forward_head`, `get_classifier`, `reset_classifier`).
 """
 
-from collections.abc import Sequence
+import math
+from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any
 
@@ -155,6 +156,16 @@ class PlainConvNet(nn.Module):
         self.pre_logits = nn.Sequential(*head)
         self.in_chans, self.num_classes, self.head_hidden_size = in_chans, num_classes, width
         self.global_pool, self.classifier = create_classifier(width, num_classes)[:2]
+
+    def group_matcher(self, coarse: bool = False) -> Callable[[str], float]:
+        """For timm: the first convolution with its BN is the stem; a stage, or convolution, a group; then the head."""
+        pooled = 0
+        groups: dict[str, float] = {}
+        for number, layer in enumerate(self.features):
+            convolution = number - isinstance(layer, nn.BatchNorm2d)
+            groups[f"features.{number}"] = 0 if number < 2 else 1 + (pooled if coarse else convolution)
+            pooled += isinstance(layer, nn.MaxPool2d)
+        return lambda name: groups.get(".".join(name.split(".")[:2]), math.inf)
 
     def get_classifier(self) -> nn.Module:
         """The last layer: linear, or the identity when there are no classes."""

@@ -94,7 +94,7 @@ def load_checkpoint(
             before = f"optimizer.{name}.{number}."
             for key in [key for key in found if key.startswith(before)]:
                 value = found[key]
-                if value.shape == weight.shape:
+                if value.shape == weight.shape and not key.endswith(".step"):  # a count stays what and where it is
                     value = torch.empty_like(weight.detach()).copy_(value)
                 optimizer.state[weight][key[len(before) :]] = value
     for name, tensor in (tensors or {}).items():

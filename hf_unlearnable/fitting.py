@@ -68,8 +68,14 @@ class Setup:
         return network.to(device=self.device, memory_format=memory_format(self.device))  # type: ignore[call-overload]
 
     def sgd(self, model: nn.Module) -> torch.optim.SGD:
-        """The recipe's optimiser."""
+        """The recipe's optimiser.
+
+        Raises:
+            ValueError: the recipe asks for another than SGD, which surrogates are trained with.
+        """
         recipe = self.recipe
+        if recipe.optimizer != "sgd":
+            raise ValueError(f"surrogates are trained with SGD, got optimizer={recipe.optimizer!r}")
         return torch.optim.SGD(
             model.parameters(),
             recipe.learning_rate,

@@ -6,6 +6,7 @@ import math
 from dataclasses import dataclass
 from typing import Any, Literal, get_args
 
+OptimizerName = Literal["sgd", "adamw"]
 Schedule = Literal["constant", "step", "cosine", "onecycle"]
 AugmentationName = Literal["crop_flip", "shift_flip", "crop", "flip", "none"]
 
@@ -22,11 +23,15 @@ class Recipe:
         schedule: how the rate falls, once for every step; see `rate`.
         milestones: for "step": the shares of the training after which the rate is multiplied by `decay`.
         warmup: for "onecycle": the share of the training in which the rate rises.
+        momentum, nesterov: of "sgd" alone, without effect on "adamw".
+        weight_decay: of all that is trained, biases and norms too: times the weight, added to the gradient ("sgd"), or
+            times the weight and the learning rate, taken off the weight ("adamw").
         gradient_clip: largest L2 norm of the whole gradient; None does not clip.
         drop_last: leave out an epoch's last batch where it is not whole.
         augmentation: "crop_flip", "shift_flip" (bilinear, see `augment.ShiftFlip`), "crop", "flip" or "none".
         crop_padding: zeros added before the crop, as a share of the shorter side (1/8: 4 pixels at 32, 28 at 224);
             the largest shift of "shift_flip", as a share of each side.
+        optimizer: "sgd", or "adamw" with betas of 0.9 and 0.999 and an epsilon of 1e-8.
 
     Raises:
         ValueError: a value outside its range; both or neither of `epochs` and `steps`.
@@ -48,6 +53,7 @@ class Recipe:
     drop_last: bool = False
     augmentation: AugmentationName = "crop_flip"
     crop_padding: float = 0.125
+    optimizer: OptimizerName = "sgd"
 
     def __post_init__(self) -> None:
         if (self.epochs is None) == (self.steps is None):
@@ -56,9 +62,13 @@ class Recipe:
             value = getattr(self, field)
             if value is not None and not value >= least:
                 raise ValueError(f"{field}: expected at least {least}, got {value}")
-        for field, values in (("schedule", get_args(Schedule)), ("augmentation", get_args(AugmentationName))):
-            if getattr(self, field) not in values:
-                raise ValueError(f"{field}: expected one of {values}, got {getattr(self, field)!r}")
+        for field, names in (
+            ("schedule", Schedule),
+            ("augmentation", AugmentationName),
+            ("optimizer", OptimizerName),
+        ):
+            if getattr(self, field) not in get_args(names):
+                raise ValueError(f"{field}: expected one of {get_args(names)}, got {getattr(self, field)!r}")
         shares = (*self.milestones, self.warmup, self.momentum, self.crop_padding)
         if any(not 0 <= share <= 1 for share in shares) or list(self.milestones) != sorted(self.milestones):
             raise ValueError(f"milestones (ascending), warmup, momentum and crop_padding lie in [0, 1], got {shares}")
@@ -108,6 +118,8 @@ RECIPES: dict[str, Recipe] = {
         Recipe(name="ueraser", epochs=200, learning_rate=0.01, schedule="constant"),
         # ISS's repository (100 epochs with adversarial training, 200 for a ViT).
         Recipe(name="iss60", epochs=60, schedule="cosine"),
+        # Pretrained weights (METHODS_NEW N30), which leaves the schedule open: the cosine is ours.
+        Recipe(name="finetune", epochs=10, learning_rate=1e-4, weight_decay=0.05, optimizer="adamw"),
         # Ours: a strong victim in little time.
         Recipe(name="fast", epochs=30, batch_size=512, learning_rate=0.2, schedule="onecycle", nesterov=True),
         # Ours: the "tiny" network on CPU.

@@ -78,7 +78,9 @@ def average_over_processes(
             weight.grad = torch.zeros_like(weight)
     parts = [weight.grad for weight in weights if weight.grad is not None]
     for module in model.modules():
-        if isinstance(module, nn.modules.batchnorm._NormBase) and module.running_mean is not None:
+        if not module.training or not isinstance(module, nn.modules.batchnorm._NormBase):
+            continue
+        if module.running_mean is not None:
             parts += [part for part in (module.running_mean, module.running_var) if part is not None]
     flat = accelerator.reduce(torch.cat([part.detach().float().flatten() for part in parts] + [sums]), "mean")
     assert isinstance(flat, Tensor)

@@ -1,8 +1,8 @@
 """Train and evaluate one victim.
 
-The loop stands in `train`: batches from a split on the device, crop and flip, the defense's loss, SGD. Every random
-number is drawn from the seed and the step, and the learning rate is a function of the step, so that a resumed training
-ends with the weights of an uninterrupted one (bit for bit on a CPU).
+The loop stands in `train`: batches from a split on the device, crop and flip, the defense's loss, SGD or AdamW. Every
+random number is drawn from the seed and the step, and the learning rate is a function of the step, so that a resumed
+training ends with the weights of an uninterrupted one (bit for bit on a CPU).
 
 With several processes gradients are averaged here, weighted by rows, instead of by DistributedDataParallel: defenses
 may call the model as often as they like, and the weights are equal on all processes after every step. Two processes
@@ -132,9 +132,7 @@ def train(
         raise ValueError(f"evaluate_every: expected at least 1 epoch, got {evaluate_every}")
     _check(model, train, test, recipe, per_epoch, accelerator)
     weights = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    optimizer = torch.optim.SGD(
-        weights, recipe.rate(0, total), recipe.momentum, weight_decay=recipe.weight_decay, nesterov=recipe.nesterov
-    )
+    optimizer = _optimizer(recipe, weights)
     augmentation = standard_augmentation(recipe, train.image_size)
     run = {
         "recipe": dataclasses.asdict(recipe),
@@ -145,11 +143,13 @@ def train(
         "validation_digest": None if validation is None else held_out.digest(),
         "precision": accelerator.mixed_precision,
         "initial_weights": weights_digest(model),
+        "frozen_parameters": [name for name, parameter in model.named_parameters() if not parameter.requires_grad],
+        "frozen_batch_norm": isinstance(model, Network) and model.frozen_batch_norm,
         "train_digest": train.digest(),
         "test_digest": test.digest(),
     }
     run = json.loads(json.dumps(run, default=str))
-    trained: Any = {"modules": {"model": model}, "optimizers": {"sgd": optimizer}}
+    trained: Any = {"modules": {"model": model}, "optimizers": {recipe.optimizer: optimizer}}
     tally = Tally()
     if checkpoint and Path(checkpoint).exists():
         tally = Tally.resumed(load_checkpoint(checkpoint, run=run, **trained))
@@ -244,6 +244,13 @@ def train(
         hardware=hardware(accelerator),
         versions=versions("timm", "accelerate"),
     )
+
+
+def _optimizer(recipe: Recipe, weights: list[nn.Parameter]) -> torch.optim.Optimizer:
+    how: dict[str, Any] = {"lr": recipe.learning_rate, "weight_decay": recipe.weight_decay}
+    if recipe.optimizer == "adamw":
+        return torch.optim.AdamW(weights, **how)
+    return torch.optim.SGD(weights, momentum=recipe.momentum, nesterov=recipe.nesterov, **how)
 
 
 def _hits(logits: Tensor | None, labels: Labels) -> Float[Tensor, "2"]:

@@ -178,12 +178,11 @@ def work(arguments: argparse.Namespace, queue: Queue) -> int:
     accelerator = Accelerator(cpu=arguments.cpu, mixed_precision="bf16" if torch.cuda.is_available() else "no")
     training = sources.load_split(arguments.clean, arguments.train_split)
     test = sources.load_split(arguments.clean, arguments.test_split)
-    validation = arguments.validation_rows
     rows = Rows(
         training,
         test,
         rows=chosen_suite(arguments).rows,
-        validation_rows=len(test) // 5 if validation is None else validation,
+        validation_rows=arguments.validation_rows,
         device=accelerator.device,
         progress=arguments.progress,
     )

@@ -105,7 +105,9 @@ def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
     if name in METHODS:
         options.add_fields(parser.add_argument_group(f"settings of {name}"), METHODS[name], skip=BASE)
         how = f"changes to the recipe of {name}"
-        options.add_fields(parser.add_argument_group(how), Recipe, skip=("name",), defaults=METHODS[name].recipe)
+        options.add_fields(
+            parser.add_argument_group(how), Recipe, skip=("name", "optimizer"), defaults=METHODS[name].recipe
+        )
     elif name is not None:
         parser.error(f"there is no method {name!r}{sources.near(name, METHODS)}; they are {', '.join(METHODS)}")
     return parser.parse_args(argv)
@@ -119,7 +121,7 @@ def run(arguments: argparse.Namespace, accelerator: Accelerator) -> int:
     if output.exists() and not arguments.overwrite:
         raise FileExistsError(f"{output} exists: --overwrite, or choose another --output")
     poison = poison_class(**options.given(arguments, poison_class, skip=BASE))
-    recipe = changed(poison.recipe, **options.given(arguments, Recipe, skip=("name",)))
+    recipe = changed(poison.recipe, **options.given(arguments, Recipe, skip=("name", "optimizer")))
     accelerator.wait_for_everyone()
     if accelerator.is_main_process and output.exists():
         checkpoint.unlink(missing_ok=True)

@@ -7,6 +7,12 @@ The output holds options.json, summary.json (mean and spread over the seeds) and
 result.json, curves.png and victim.safetensors (the weights). A run that was stopped (Ctrl-C, --max-minutes, a crash)
 goes on where it stood when the same command is given again; more --seeds may be added to a run later.
 
+Pretrained weights are fine-tuned, all layers or all but the first ones. Compare with the same on clean pictures and on
+random noise; and note that the classes of CIFAR-10 are among those of ImageNet.
+
+    train_victim.py --backbone resnet18 --pretrained --image-size 224 --recipe finetune \\
+        --freeze-stages 1 --batch-norm frozen ...
+
 On a CPU, start it with plain `python`: `accelerate launch` gives a process one thread unless it is told
 --num_cpu_threads_per_process. Several GPUs: `accelerate launch --num_processes 4 scripts/train_victim.py ...`.
 Several processes on CPUs: `torchrun --nproc_per_node 2 scripts/train_victim.py --cpu ...`, because `accelerate launch
@@ -53,7 +59,7 @@ from hf_unlearnable.defenses.smoothing import Smoothing
 from hf_unlearnable.defenses.squeeze import BitDepth, Grayscale, Jpeg
 from hf_unlearnable.defenses.strong import StrongAugmentation
 from hf_unlearnable.defenses.ueraser import Ueraser
-from hf_unlearnable.networks import SHORT_NAMES, create_network
+from hf_unlearnable.networks import SHORT_NAMES, Network, create_network, freeze_early
 from hf_unlearnable.recipes import RECIPES, Recipe, recipe
 from hf_unlearnable.result import Result, summary
 from hf_unlearnable.training import Unfinished
@@ -123,7 +129,12 @@ def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--rows", type=int, help="train on this many rows: the same whatever the seed, class by class")
     parser.add_argument("--image-size", type=int, help="resize and crop all pictures; default: they are of one size")
     parser.add_argument("--backbone", default="resnet18", help=f"{', '.join(SHORT_NAMES)}, or any name of timm")
-    parser.add_argument("--pretrained", action="store_true", help="start from timm's weights")
+    start = "start from timm's weights, from the Hub, or from those in a safetensors file, named as timm names them"
+    parser.add_argument("--pretrained", nargs="?", const=True, default=False, metavar="FILE", help=start)
+    stages = "do not train the stem and the first N stages, or blocks (0: the stem alone; default: train all)"
+    parser.add_argument("--freeze-stages", type=int, metavar="N", help=stages)
+    norm = "frozen: BatchNorm keeps its running statistics and normalises by them (default: train)"
+    parser.add_argument("--batch-norm", choices=("train", "frozen"), default="train", help=norm)
     parser.add_argument("--defense", default="erm", help=", ".join(DEFENSES))
     parser.add_argument("--recipe", default="fast", help=", ".join(RECIPES))
     parser.add_argument("--seeds", type=int, nargs="+", default=[0], help="default: 0")
@@ -169,13 +180,7 @@ def run(arguments: argparse.Namespace, accelerator: Accelerator) -> int:
     for seed in arguments.seeds:
         folder = output / f"seed-{seed}"
         if not (folder / "result.json").exists():
-            network = create_network(
-                arguments.backbone,
-                num_classes=len(pictures.classes),
-                image_size=pictures.image_size,
-                seed=seed,
-                pretrained=arguments.pretrained,
-            )
+            network = beginning(arguments, pictures, seed)
             training, loss = defended(defense, pictures, seed, how["progress"])
             result = train(
                 network,
@@ -202,6 +207,26 @@ def run(arguments: argparse.Namespace, accelerator: Accelerator) -> int:
     return 0
 
 
+def beginning(arguments: argparse.Namespace, pictures: Batches, seed: int) -> Network:
+    """The network before training, in which what shall not be trained is frozen."""
+    try:
+        network = create_network(
+            arguments.backbone,
+            num_classes=len(pictures.classes),
+            image_size=pictures.image_size,
+            seed=seed,
+            pretrained=arguments.pretrained,
+        )
+    except RuntimeError as error:  # torch's, where names or shapes differ
+        if arguments.pretrained is False:
+            raise
+        told = " ".join(str(error).split())[:300]
+        raise ValueError(f"--pretrained: expected weights of {arguments.backbone}, but: {told}") from error
+    network.frozen_batch_norm = arguments.batch_norm == "frozen"
+    freeze_early(network, arguments.freeze_stages)
+    return network
+
+
 def defended(defense: Defense | DataDefense, pictures: Batches, seed: int, progress: bool) -> tuple[Batches, Defense]:
     """The training pictures and the loss: data defenses are fitted to all rows; they change them once or each step."""
     if not isinstance(defense, DataDefense):
@@ -219,7 +244,7 @@ def open_run(arguments: argparse.Namespace, accelerator: Accelerator) -> None:
     if output.exists() and any(output.iterdir()) and not noted.exists():
         raise FileExistsError(f"{output} exists and is not a run of this script: choose another --output")
     if noted.exists() and not arguments.overwrite:
-        before = json.loads(noted.read_text())
+        before = {"batch_norm": "train", **json.loads(noted.read_text())}  # runs from before there was the option
         if other := [name for name in {**before, **identity} if before.get(name) != identity.get(name)]:
             there = ", ".join(f"{name}={before.get(name)!r}" for name in other)
             raise FileExistsError(f"{output} holds another run ({there}): --overwrite, or choose another --output")

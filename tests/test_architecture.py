@@ -52,7 +52,10 @@ MAY_IMPORT: dict[str, set[str]] = {
     "last_layer": {"result", "victim", "defenses", "probes"} | L0 | L1,
     "certificate": {"keys"},
     "benchmarks": {"benchmarks", "fitting", "defenses", "poisons"} | L0 | L1,
-    "evaluation": {"evaluation", "result", "victim", "defenses", "poisons", "record", "report", "card"} | L0 | L1,
+    "evaluation": {"evaluation", "result", "victim", "defenses", "poisons", "record", "report", "card"}
+    | {"probes", "detection", "last_layer", "certificate"}
+    | L0
+    | L1,
 }
 
 

@@ -130,7 +130,8 @@ def test_named_recipes_are_those_of_the_papers() -> None:
     assert (recipe("ueraser").epochs, recipe("ueraser").rate(9, 10)) == (200, 0.01)
     assert (recipe("iss60").epochs, recipe("iss60").schedule) == (60, "cosine")
     for made in RECIPES.values():
-        assert (made.momentum, made.weight_decay, made.augmentation) == (0.9, 5e-4, "crop_flip")
+        if made.optimizer == "sgd":
+            assert (made.momentum, made.weight_decay, made.augmentation) == (0.9, 5e-4, "crop_flip")
         assert min(made.rate(step, 1) for step in range(1)) > 0
 
 

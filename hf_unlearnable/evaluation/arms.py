@@ -56,10 +56,10 @@ class Rows:
     Args:
         training, test: clean splits. Validation rows are taken from `test`, class by class; the rest is reported on.
         rows: keep so many training rows of every arm, drawn class by class; None for all.
-        validation_rows: how many.
+        validation_rows: how many; None for a fifth of the split, or five a class where that is more.
 
     Raises:
-        ValueError: too few rows to choose on, or test pictures that are among the training rows.
+        ValueError: too few rows to choose on, test pictures of another size, or some that are among the training rows.
     """
 
     def __init__(
@@ -68,14 +68,17 @@ class Rows:
         test: Dataset,
         *,
         rows: int | None,
-        validation_rows: int,
+        validation_rows: int | None = None,
         device: str | torch.device = "cpu",
         progress: bool = True,
     ) -> None:
         how: dict[str, Any] = {"device": device, "progress": progress}
         self.clean = Batches.load(training, **how)
         held = Batches.load(test, **how).relabel(self.clean.classes)
+        if held.image_size != self.clean.image_size:
+            raise ValueError(f"expected test pictures of {self.clean.image_size} pixels, got {held.image_size}")
         least = 5 * len(self.clean.classes)
+        validation_rows = max(least, len(held) // 5) if validation_rows is None else validation_rows
         if not least <= validation_rows <= len(held) // 2:
             raise ValueError(
                 f"validation: expected at least 5 rows a class ({least}) and at most half of the {len(held)} test rows "

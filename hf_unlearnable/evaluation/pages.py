@@ -8,6 +8,7 @@ from typing import Any
 from hf_unlearnable.evaluation.findings import Cell, Spread, Verdict
 
 COLUMNS = ("last", "selected", "oracle")
+EQUAL_STEPS = "erm, equal steps"
 
 
 def percent(spread: Spread | None) -> str:
@@ -46,6 +47,8 @@ def summary(verdicts: Sequence[Verdict], cells: Sequence[Cell], setting: dict[st
     ]
     lines += ["with the best; the figure is its accuracy on test rows that chose nothing. ± is the standard error over"]
     lines += ["poison keys and training seeds. Plain training: after the last step.", ""]
+    for one in verdicts:
+        lines += _gains(one.arm, cells)
     for arm in dict.fromkeys(cell.arm for cell in cells):
         lines += [f"## {arm}", "", *_rows([cell for cell in cells if cell.arm == arm]), ""]
     return "\n".join(lines)
@@ -75,6 +78,26 @@ def _rows(cells: Sequence[Cell]) -> list[str]:
         told = "" if paper is None else f"{100 * paper['test_accuracy']:.2f} ({paper['setting']}; {paper['source']})"
         lines.append(f"| {cell.attacker} | {' | '.join(values)} | {percent(cell.train)} | {counted} | {told} |")
     return lines
+
+
+def _gains(label: str, cells: Sequence[Cell]) -> list[str]:
+    """What protected rows add to the clean ones beside them, at every share that was measured."""
+    by = {(cell.arm, cell.attacker): cell.last for cell in cells}
+    found = [arm.removeprefix(f"{label}, mix ") for arm, _ in by if arm.startswith(f"{label}, mix ")]
+    if not found:
+        return []
+    lines = [
+        f"## {label}: a share of the rows protected, the others clean",
+        "",
+        "| share protected | protected and clean | clean alone, equal epochs | clean alone, equal steps | gain |",
+        "|---|---|---|---|---|",
+    ]
+    for share in sorted(found, key=float):
+        rest = f"{label}, remainder {share}"
+        mixed, alone, equal = by[f"{label}, mix {share}", "erm"], by.get((rest, "erm")), by.get((rest, EQUAL_STEPS))
+        gain = "not measured" if mixed is None or equal is None else f"{100 * (mixed.mean - equal.mean):+.1f}"
+        lines.append(f"| {share} | {percent(mixed)} | {percent(alone)} | {percent(equal)} | {gain} |")
+    return [*lines, "", "Plain training, last epoch. Gain: against equal steps; not above 0: as if withheld.", ""]
 
 
 def table(cells: Sequence[Cell]) -> str:

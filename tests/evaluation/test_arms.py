@@ -112,6 +112,12 @@ def test_test_rows_among_the_training_rows_are_refused(shapes: DatasetDict) -> N
         rows_of(leaky)
 
 
+def test_test_pictures_of_another_size_are_refused(shapes: DatasetDict) -> None:
+    larger = shapes["test"].map(lambda row: {"image": row["image"].resize((40, 40))})
+    with pytest.raises(ValueError, match=r"expected test pictures of \(32, 32\) pixels, got \(40, 40\)"):
+        rows_of(DatasetDict({"train": shapes["train"], "test": larger}))
+
+
 @pytest.mark.parametrize("count", [0, 49, 101])
 def test_too_few_rows_to_choose_on(shapes: DatasetDict, count: int) -> None:
     with pytest.raises(ValueError, match="at least 5 rows a class"):

@@ -180,3 +180,25 @@ def test_pages_tell_the_most_learnable_first() -> None:
     refused = verdict("weak", cells(found), chance=0.5, least_train_accuracy=0.99, anchor=0.8)
     assert "| refused |" in pages.summary([refused], cells(found), SETTING)
     assert "REFUSED: plain training fits" in pages.summary([refused], cells(found), SETTING)
+
+
+def test_gains_of_protected_rows_are_against_equal_steps() -> None:
+    def part(kind: str, value: float, steps: int | None = None) -> Outcome:
+        job = {
+            "arm": {"label": "p", "kind": kind, "number": 0, "fraction": 0.5},
+            "attacker": {"name": "erm"},
+            "seed": 0,
+            "steps": steps,
+        }
+        return Outcome(job=job, result=result([value], [value]))
+
+    found = [
+        *controls(),
+        outcome("p", "erm", test=[0.6], validation=[0.6]),
+        part("mix", 0.84),
+        part("remainder", 0.80),
+        part("remainder", 0.82, steps=5),
+    ]
+    text = pages.summary([judge(found)], cells(found), SETTING)
+    assert "| 0.5 | 84.0 | 80.0 | 82.0 | +2.0 |" in text
+    assert "share of the rows protected" not in pages.summary([judge(found[:4])], cells(found[:4]), SETTING)
