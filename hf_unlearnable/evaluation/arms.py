@@ -32,6 +32,7 @@ class Arm:
             these other rows alone.
         number: which of the protected datasets of the label, from 0.
         path: the folder of the protected dataset; of the other kinds: of one that was made of the same clean rows.
+        digest: of the pictures in the folder, published or clean, as its record says.
         fraction: of "mix" and "remainder": the share of protected rows.
         epsilon: of "noise": its L-inf radius.
     """
@@ -40,6 +41,7 @@ class Arm:
     kind: ArmKind
     number: int = 0
     path: str
+    digest: str = ""
     fraction: float = 1.0
     epsilon: float | None = None
 

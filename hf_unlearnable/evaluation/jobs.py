@@ -49,7 +49,7 @@ class Job:
 
     def described(self) -> dict[str, Any]:
         """What decides the result, as JSON values."""
-        arm = {"label": self.arm.label, "kind": self.arm.kind, "number": self.arm.number, "fraction": self.arm.fraction}
+        arm = {name: getattr(self.arm, name) for name in ("label", "kind", "number", "digest", "fraction", "epsilon")}
         return json.loads(
             json.dumps(
                 {

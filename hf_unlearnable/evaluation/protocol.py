@@ -30,14 +30,9 @@ def protected_arms(given: Sequence[str]) -> list[Arm]:
         path = path if found else text
         record = _record(path)
         label = label if found else record.method
-        arms.append(
-            Arm(
-                label=label,
-                kind="protected",
-                number=sum(arm.label == label for arm in arms),
-                path=os.path.abspath(path),
-            )
-        )
+        number = sum(arm.label == label for arm in arms)
+        digest = record.published["pixels_sha256"]
+        arms.append(Arm(label=label, kind="protected", number=number, path=os.path.abspath(path), digest=digest))
         sources[path] = record.source["pixels_sha256"]
     if len(set(sources.values())) > 1:
         raise ValueError(f"expected datasets made of the same clean rows, got {sources}: evaluate them apart")
@@ -56,9 +51,10 @@ def plan(suite: Suite, protected: Sequence[Arm], *, anchors: bool = True) -> lis
     """
     first = protected[0]
     epsilons = [one["epsilon"] for arm in protected for one in _budgets(arm.path) if one["norm"] == "linf"]
-    clean = Arm(label="clean", kind="clean", path=first.path)
-    noise = Arm(label="random noise", kind="noise", path=first.path, epsilon=max(epsilons, default=8 / 255))
-    shuffled = Arm(label="shuffled labels", kind="shuffled", path=first.path)
+    behind: dict[str, Any] = {"path": first.path, "digest": _record(first.path).source["pixels_sha256"]}
+    clean = Arm(label="clean", kind="clean", **behind)
+    noise = Arm(label="random noise", kind="noise", epsilon=max(epsilons, default=8 / 255), **behind)
+    shuffled = Arm(label="shuffled labels", kind="shuffled", **behind)
     plain, *others = suite.attackers
     how: dict[str, Any] = {"backbone": suite.backbone, "recipe": suite.recipe}
     jobs: list[Job] = []
@@ -72,9 +68,9 @@ def plan(suite: Suite, protected: Sequence[Arm], *, anchors: bool = True) -> lis
             jobs += [Job(arm=clean, attacker=one, seed=seed, **how) for one in others]
         for arm in (arm for arm in protected if arm.number == 0):
             for fraction in suite.fractions:
-                part: dict[str, Any] = {"label": arm.label, "path": arm.path, "fraction": fraction}
-                jobs.append(Job(arm=Arm(kind="mix", **part), attacker=plain, seed=seed, **how))
-                rest = Arm(kind="remainder", **part)
+                part = {"label": arm.label, "path": arm.path, "digest": arm.digest, "fraction": fraction}
+                jobs.append(Job(arm=Arm(kind="mix", **part), attacker=plain, seed=seed, **how))  # type: ignore[arg-type]
+                rest = Arm(kind="remainder", **part)  # type: ignore[arg-type]
                 jobs.append(Job(arm=rest, attacker=plain, seed=seed, **how))
                 jobs.append(Job(arm=rest, attacker=plain, seed=seed, steps=_all_steps(suite, arm.path), **how))
     return jobs
@@ -96,13 +92,15 @@ def report(
         note: put the verdicts and their cells into the records of the protected datasets, and into their cards.
 
     Raises:
-        ValueError: there is no result at all.
+        ValueError: there is no result at all, or they were measured on different test rows.
     """
     done = [outcome for outcome in outcomes if outcome.result is not None]
     if not done:
         raise ValueError(f"no training gave a result; the first error: {outcomes[0].failed if outcomes else 'none'}")
     result = done[0].result
     assert result is not None
+    if len({(o.result.test_digest, o.result.validation_rows) for o in done if o.result}) > 1:
+        raise ValueError("these trainings were tested on different rows: evaluate into another output")
     found, chance = cells(outcomes), result.chance
     labels = list(dict.fromkeys(arm.label for arm in protected))
     least = suite.least_train_accuracy

@@ -124,3 +124,25 @@ def test_papers_are_quoted_with_their_source_and_only_for_their_dataset() -> Non
     assert "CUDA" in found["source"]
     assert reported("cifar10", "cuda", "nothing") is None
     assert reported("demo", "cuda", "erm") is None
+
+
+def test_another_key_in_the_same_folder_is_another_job(protected_once: list[Path], tmp_path: Path) -> None:
+    folder = tmp_path / "mine"
+    shutil.copytree(protected_once[0], folder)
+    before = plan(small(), protected_arms([f"x={folder}"]))
+    shutil.rmtree(folder)
+    shutil.copytree(protected_once[1], folder)
+    after = plan(small(), protected_arms([f"x={folder}"]))
+    for old, new in zip(before, after, strict=True):
+        assert (old.described() == new.described()) == (old.arm.kind != "protected")
+        assert old.name == new.name
+
+
+def test_results_on_different_test_rows_are_not_reported_together(protected_once: list[Path], tmp_path: Path) -> None:
+    arms = protected_arms([str(protected_once[0])])
+    outcomes = [made_up(job) for job in plan(small(), arms)]
+    assert outcomes[0].result is not None
+    other = dataclasses.replace(outcomes[0].result, test_digest="other")
+    outcomes[0] = dataclasses.replace(outcomes[0], result=other)
+    with pytest.raises(ValueError, match="different rows"):
+        report(small(), arms, outcomes, tmp_path, note=False)
