@@ -77,7 +77,8 @@ def _learned(record: Record) -> str:
         error = "" if learned["error"] is None else f" ± {100 * learned['error']:.1f}"
         told.append(
             f"**A trainer still reaches {100 * learned['mean']:.1f}{error} % on clean test pictures** with "
-            f"`{found['attacker']}`, the best of {len({c['attacker'] for c in found['cells']})} attackers ({where}); "
+            f"`{found['attacker']}`, the best of {len(found['measured'])} attackers ({where}); "
             f"plain training on clean pictures: {clean}, chance: {100 * found['chance']:.1f} %."
+            + (f" Beside it: {'; '.join(found['notes'])}." if found["notes"] else "")
         )
     return "\n\n".join(told)

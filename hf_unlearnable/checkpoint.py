@@ -23,6 +23,10 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 
+class OtherRun(ValueError):
+    """A checkpoint of another training than the one that wants to go on from it."""
+
+
 def save_checkpoint(
     path: str | Path,
     *,
@@ -70,7 +74,8 @@ def load_checkpoint(
 
     Raises:
         FileNotFoundError: there is none.
-        ValueError: not a checkpoint, or one of another run (names what differs); nothing was changed.
+        OtherRun: it is of another run (names what differs); nothing was changed.
+        ValueError: not a checkpoint.
     """
     try:
         with safe_open(path, "pt") as file:
@@ -85,7 +90,7 @@ def load_checkpoint(
         there, here = _flat(there), _flat(run)
         keys = [key for key in {**there, **here} if there.get(key) != here.get(key)]
         told = "; ".join(f"{key} is {there.get(key)!r} there and {here.get(key)!r} here" for key in keys)
-        raise ValueError(f"{path} is of another training: {told}; delete it to start anew")
+        raise OtherRun(f"{path} is of another training: {told}; delete it to start anew")
     for name, module in modules.items():
         before = f"module.{name}."
         module.load_state_dict({key[len(before) :]: value for key, value in found.items() if key.startswith(before)})

@@ -33,9 +33,11 @@ import hf_unlearnable as hu
 from hf_unlearnable import columns, sources
 from hf_unlearnable.batches import Batches, stratified_rows
 from hf_unlearnable.defenses.erm import Erm
+from hf_unlearnable.evaluation.arms import pixels_sha256
 from hf_unlearnable.networks import create_network
 from hf_unlearnable.protect import protect
 from hf_unlearnable.recipes import changed, recipe
+from hf_unlearnable.record import Record
 from hf_unlearnable.victim import evaluate, train
 
 ROBUST: dict[str, Any] = {
@@ -102,7 +104,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     arguments = parser.parse_args(given[:at])
     try:
         return run(arguments, given[at + 1 :])
-    except (ValueError, OSError) as error:
+    except (ValueError, TypeError, ArithmeticError, OSError) as error:
         print(f"compare.py: {error}", file=sys.stderr)
         return 1
 
@@ -113,7 +115,7 @@ def run(arguments: argparse.Namespace, options: list[str]) -> int:
     columns.check_labels(training.with_format("arrow")[label], columns.class_names(training.features, label), label)
     kept = stratified_rows(torch.tensor(training[label]), min(arguments.rows, len(training)), key=0)
     training = training.select(kept.tolist())
-    protected = []
+    protected, wanted = [], pixels_sha256(Batches.load(training, progress=False))
     for seed in arguments.seeds:
         for name in arguments.poisons:
             folder = arguments.output / "protected" / f"{name}-{seed}"
@@ -122,12 +124,21 @@ def run(arguments: argparse.Namespace, options: list[str]) -> int:
                 poison = poison_of(name, training, seed, arguments)
                 source = arguments.dataset
                 protect(training, poison, folder, source=source, split=arguments.train_split, record_seed=True)
+            if Record.load(folder / "record.json").source["pixels_sha256"] != wanted:
+                raise ValueError(f"{folder} was made of other rows: choose another --output, or delete it")
             protected.append(f"{name}={folder}")
     if arguments.checks and "cuda" in arguments.poisons:
         print(checks(arguments))
     command = [sys.executable, str(Path(__file__).with_name("evaluate.py")), "--protected", *protected]
     command += ["--clean", arguments.dataset, "--train-split", arguments.train_split]
-    command += ["--test-split", arguments.test_split, "--output", str(arguments.output / "evaluation")]
+    command += [
+        "--rows",
+        str(arguments.rows),
+        "--test-split",
+        arguments.test_split,
+        "--output",
+        str(arguments.output / "evaluation"),
+    ]
     return subprocess.call([*command, *options])
 
 
@@ -158,8 +169,9 @@ def trained(name: str, dataset: Dataset, seed: int, arguments: argparse.Namespac
         surrogate.save(path)
         checkpoint.unlink(missing_ok=True)
     known = hu.Surrogate.load(path)
-    if known.settings != json.loads(json.dumps(poison.own_settings())) or known.provenance["seed"] != seed:
-        raise ValueError(f"{path} is of other settings than {name}, seed {seed}: delete it")
+    found = (known.settings, known.provenance["seed"], known.provenance["data"]["rows"])
+    if found != (json.loads(json.dumps(poison.own_settings())), seed, len(dataset)):
+        raise ValueError(f"{path} is of other settings or rows than {name}, seed {seed}: delete it")
     return type(poison).from_surrogate(known, seed=seed)
 
 

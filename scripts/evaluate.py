@@ -37,8 +37,9 @@ from hf_unlearnable.evaluation.attackers import Suite, SuiteName, suite
 from hf_unlearnable.evaluation.jobs import Job, Outcome, Queue, Worker
 from hf_unlearnable.evaluation.pages import percent
 from hf_unlearnable.evaluation.protocol import plan, protected_arms, report
-from hf_unlearnable.networks import SHORT_NAMES
+from hf_unlearnable.networks import SHORT_NAMES, create_network
 from hf_unlearnable.recipes import RECIPES
+from hf_unlearnable.record import Record
 from hf_unlearnable.training import Unfinished
 
 
@@ -61,6 +62,7 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     source = "Hub id, folder of pictures, parquet, save_to_disk, or demo"
     parser.add_argument("--protected", nargs="+", required=True, help="folders that protect.py made, or label=folder")
     parser.add_argument("--clean", required=True, help=f"what was protected, and clean test pictures: {source}")
+    parser.add_argument("--config", help="configuration of a Hub dataset")
     parser.add_argument("--train-split", help="default: the only one, or train")
     parser.add_argument("--test-split", default="test", help="default: test")
     parser.add_argument("--suite", choices=get_args(SuiteName), default="quick", help="default: quick")
@@ -97,23 +99,29 @@ def chosen_suite(arguments: argparse.Namespace) -> Suite:
     made = suite(arguments.suite)
     names = {"erm", *(arguments.attackers or [one.name for one in made.attackers])}
     changes = {name: getattr(arguments, name) for name in ("rows", "backbone", "recipe")}
-    changes |= {"seeds": arguments.seeds and tuple(arguments.seeds)}
+    changes |= {"seeds": arguments.seeds and tuple(dict.fromkeys(arguments.seeds))}
     changes = {name: value for name, value in changes.items() if value is not None}
     if arguments.fractions is not None:
-        changes["fractions"] = tuple(arguments.fractions)
+        if wrong := [share for share in arguments.fractions if not 0 < share < 1]:
+            raise ValueError(f"--fractions: expected shares between 0 and 1, got {wrong}")
+        changes["fractions"] = tuple(dict.fromkeys(arguments.fractions))
     return dataclasses.replace(made, attackers=tuple(one for one in made.attackers if one.name in names), **changes)
 
 
 def run(arguments: argparse.Namespace) -> int:
     made, protected = chosen_suite(arguments), protected_arms(arguments.protected)
     jobs = plan(made, protected, anchors=not arguments.no_anchors)
+    for backbone in {made.backbone, *(one.backbone for one in made.attackers if one.backbone)}:
+        create_network(
+            backbone, num_classes=2, image_size=32, seed=0
+        )  # an unknown name is told before anything is made
     open_output(arguments, made)
     queue = Queue(arguments.output / "jobs", jobs)
-    if arguments.retry_failed:
+    if arguments.retry_failed and not arguments.worker and not arguments.report_only:
         for job in jobs:
             found = queue.outcome(job)
             if found is not None and found.failed is not None:
-                queue.path(job).unlink()
+                queue.path(job).unlink(missing_ok=True)
     status = 0
     if queue.open() and not arguments.report_only:
         status = train(arguments, queue)
@@ -138,7 +146,7 @@ def open_output(arguments: argparse.Namespace, made: Suite) -> None:
     """Make the output, or make sure that it is of the same data, victims and rows."""
     wanted = {
         "clean": Path(arguments.clean).name if Path(arguments.clean).exists() else arguments.clean,
-        "splits": [arguments.train_split, arguments.test_split],
+        "splits": [arguments.config, arguments.train_split, arguments.test_split],
         "rows": made.rows,
         "validation_rows": arguments.validation_rows,
         "backbone": made.backbone,
@@ -168,24 +176,36 @@ def train(arguments: argparse.Namespace, queue: Queue) -> int:
         environment = {**os.environ, "OMP_NUM_THREADS": str(threads)}
         helpers = [subprocess.Popen(command, env=environment) for _ in range(arguments.workers - 1)]
     try:
-        return work(arguments, queue)
-    finally:
+        status = work(arguments, queue)
+    except BaseException:
         for helper in helpers:
-            helper.wait()
+            helper.terminate()
+        raise
+    finally:
+        codes = [helper.wait() for helper in helpers]
+    if bad := [code for code in codes if code not in (0, 75)]:
+        print(f"a worker ended with status {bad[0]}", file=sys.stderr)
+        return status or 1
+    return status
 
 
 def work(arguments: argparse.Namespace, queue: Queue) -> int:
     accelerator = Accelerator(cpu=arguments.cpu, mixed_precision="bf16" if torch.cuda.is_available() else "no")
-    training = sources.load_split(arguments.clean, arguments.train_split)
-    test = sources.load_split(arguments.clean, arguments.test_split)
+    training = sources.load_split(arguments.clean, arguments.train_split, config=arguments.config)
+    test = sources.load_split(arguments.clean, arguments.test_split, config=arguments.config)
+    known = Record.load(Path(queue.jobs[0].arm.path) / "record.json").source
     rows = Rows(
         training,
         test,
         rows=chosen_suite(arguments).rows,
         validation_rows=arguments.validation_rows,
+        image_column=known["image_column"],
+        label_column=known["label_column"],
         device=accelerator.device,
         progress=arguments.progress,
     )
+    if rows.left_out and not arguments.worker:
+        print(f"{rows.left_out} test rows are among the training rows and were left out")
     checkpoints = arguments.output / "checkpoints"
     worker = Worker(
         rows, accelerator, checkpoints=checkpoints, max_minutes=arguments.max_minutes, progress=arguments.progress

@@ -54,6 +54,6 @@ class DataDefense(Transform):
         return replace(split, pixels=torch.cat(parts))
 
     def settings(self) -> dict[str, Any]:
-        """The hyper-parameters: everything but how pictures are stored."""
+        """The hyper-parameters and the version: everything but how pictures are stored."""
         state = super().cache_state()
-        return {k: v for k, v in state.items() if k not in (*TRANSFORM_FIELDS, "transform", "version")}
+        return {k: v for k, v in state.items() if k not in (*TRANSFORM_FIELDS, "transform")}

@@ -26,7 +26,7 @@ class OrthogonalProjection(LearnedDefense):
     like any picture, which puts a little of what was taken out back in. Test pictures are not projected.
 
     Args:
-        fit_epochs: passes of the regression over the rows, in order and without augmentation.
+        fit_epochs: passes of the regression over the rows, in one order and without augmentation.
         fit_batch_size: rows of a step.
         fit_learning_rate: of plain SGD; a tenth after half and again after three quarters of the epochs.
 
@@ -35,7 +35,8 @@ class OrthogonalProjection(LearnedDefense):
             as a picture has values.
 
     Source: OP (NeurIPS 2023; METHODS_NEW N22).
-    Deviations: none of the projection. The paper trains on x' with strong augmentation and CutMix.
+    Deviations: rows are taken in one random order, official: as they are stored. The paper trains on x' with strong
+    augmentation and CutMix.
     """
 
     name: ClassVar[str] = "op"
@@ -55,7 +56,7 @@ class OrthogonalProjection(LearnedDefense):
             )
 
     def fit(self, train: Batches, *, seed: int, progress: bool = False) -> Self:
-        """With the directions of the published rows; `seed` is of the regression's initial weights."""
+        """With the directions of the published rows; `seed` is of the regression's initial weights and its order."""
         values, classes = math.prod(train.pixels.shape[1:]), len(train.classes)
         if not len(train) or classes >= values:
             raise ValueError(
@@ -71,11 +72,12 @@ class OrthogonalProjection(LearnedDefense):
         classes, values = len(train.classes), math.prod(train.pixels.shape[1:])
         uniform = torch.rand(classes, values, generator=torch_generator(seed, self.name, "weights"))
         weight = ((2 * uniform - 1) / math.sqrt(values)).to(train.device)
+        order = torch.randperm(len(train), generator=torch_generator(seed, self.name, "order")).to(train.device)
         for epoch in tqdm(range(self.fit_epochs), desc=f"{self.name}: regression", disable=not progress):
             passed = epoch / self.fit_epochs
             rate = self.fit_learning_rate * (0.01 if passed >= 0.75 else 0.1 if passed >= 0.5 else 1.0)
-            for pixels, labels in train.chunks(self.fit_batch_size):
-                x = to_float(pixels).flatten(1)
+            for part in order.split(self.fit_batch_size):
+                x, labels = to_float(train.pixels[part]).flatten(1), train.labels[part]
                 error = (x @ weight.t()).softmax(1)
                 error[torch.arange(len(x), device=x.device), labels] -= 1
                 weight.addmm_(error.t(), x, alpha=-rate / len(x))

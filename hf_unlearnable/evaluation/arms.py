@@ -18,6 +18,7 @@ from hf_unlearnable.keys import torch_generator
 from hf_unlearnable.poisons.noise import RandomNoisePoison
 from hf_unlearnable.record import Record
 
+MOST_OVERLAP = 0.01
 ArmKind = Literal["protected", "clean", "noise", "shuffled", "mix", "remainder"]
 
 
@@ -30,7 +31,6 @@ class Arm:
         kind: "protected"; "clean"; "noise", the clean rows under random noise (a control); "shuffled", the clean rows
             with shuffled labels (a control); "mix", a share of protected rows and the other rows clean; "remainder",
             these other rows alone.
-        number: which of the protected datasets of the label, from 0.
         path: the folder of the protected dataset; of the other kinds: of one that was made of the same clean rows.
         digest: of the pictures in the folder, published or clean, as its record says.
         fraction: of "mix" and "remainder": the share of protected rows.
@@ -39,7 +39,6 @@ class Arm:
 
     label: str
     kind: ArmKind
-    number: int = 0
     path: str
     digest: str = ""
     fraction: float = 1.0
@@ -47,9 +46,10 @@ class Arm:
 
     @property
     def name(self) -> str:
-        """For file names."""
+        """For file names: other pictures, another name."""
         share = "" if self.fraction == 1.0 else f"-{self.kind}-{self.fraction:g}"
-        return f"{self.label}{share}-{self.number}"
+        bound = "" if self.epsilon is None else f"-{255 * self.epsilon:g}"
+        return f"{self.label}{share}{bound}-{self.digest[:8]}"
 
 
 class Rows:
@@ -58,10 +58,12 @@ class Rows:
     Args:
         training, test: clean splits. Validation rows are taken from `test`, class by class; the rest is reported on.
         rows: keep so many training rows of every arm, drawn class by class; None for all.
+        image_column, label_column: of both clean splits; None finds them.
         validation_rows: how many; None for a fifth of the split, or five a class where that is more.
 
     Raises:
-        ValueError: too few rows to choose on, test pictures of another size, or some that are among the training rows.
+        ValueError: too few rows to choose on, test pictures of another size, or more than one in a hundred that are
+            among the training rows (fewer are left out: `left_out` counts them).
     """
 
     def __init__(
@@ -71,12 +73,15 @@ class Rows:
         *,
         rows: int | None,
         validation_rows: int | None = None,
+        image_column: str | None = None,
+        label_column: str | None = None,
         device: str | torch.device = "cpu",
         progress: bool = True,
     ) -> None:
         how: dict[str, Any] = {"device": device, "progress": progress}
-        self.clean = Batches.load(training, **how)
-        held = Batches.load(test, **how).relabel(self.clean.classes)
+        which = {"image_column": image_column, "label_column": label_column}
+        self.clean = Batches.load(training, **which, **how)
+        held, self.left_out = _apart(Batches.load(test, **which, **how).relabel(self.clean.classes), self.clean)
         if held.image_size != self.clean.image_size:
             raise ValueError(f"expected test pictures of {self.clean.image_size} pixels, got {held.image_size}")
         least = 5 * len(self.clean.classes)
@@ -93,7 +98,6 @@ class Rows:
         self._digests: dict[bytes, int] = {}
         for row, plane in enumerate(held.pixels.cpu()):
             self._digests.setdefault(digest(plane), row)
-        self._check_apart(self.clean, "the clean training rows")
 
     def training(self, arm: Arm) -> Batches:
         """The training rows of an arm.
@@ -108,15 +112,15 @@ class Rows:
         if arm.kind == "clean":
             return clean
         if arm.kind == "noise":
-            noise = RandomNoisePoison(seed=arm.number, epsilon=arm.epsilon or 8 / 255)
+            noise = RandomNoisePoison(seed=0, epsilon=arm.epsilon or 8 / 255)
             parts = []
             for pixels in clean.pixels.split(1000):
-                parts.append(to_uint8(noise.perturb(to_float(pixels), None, Draws(arm.number, "control", pixels))))
+                parts.append(to_uint8(noise.perturb(to_float(pixels), None, Draws(0, "control", pixels))))
             return replace(clean, pixels=torch.cat(parts))
         if arm.kind == "shuffled":
-            order = torch.randperm(len(clean), generator=torch_generator(arm.number, "shuffled labels"))
+            order = torch.randperm(len(clean), generator=torch_generator(0, "shuffled labels"))
             return replace(clean, labels=clean.labels[order.to(clean.device)])
-        keep = _first(len(clean), arm.fraction, arm.number).to(clean.device)
+        keep = _first(len(clean), arm.fraction).to(clean.device)
         if arm.kind == "remainder":
             return clean.select((~keep).nonzero()[:, 0])
         return replace(clean, pixels=torch.where(keep[:, None, None, None], published.pixels, clean.pixels))
@@ -171,6 +175,22 @@ class Rows:
                 raise ValueError(f"row {row} of {what} is also test row {same}: a test on trained rows says nothing")
 
 
+def _apart(test: Batches, training: Batches) -> tuple[Batches, int]:
+    """The test rows without those that are training rows too, and how many these were."""
+    if not len(test):
+        raise ValueError("expected test rows, got none")
+    known = {digest(plane) for plane in training.pixels.cpu()}
+    same = torch.tensor([digest(plane) in known for plane in test.pixels.cpu()])
+    count = int(same.sum())
+    if count > MOST_OVERLAP * len(test):
+        first = int(same.nonzero()[0])
+        raise ValueError(
+            f"{count} of {len(test)} test rows (the first is row {first}) are among the training rows: a test on "
+            "trained rows says nothing"
+        )
+    return (test.select((~same).nonzero()[:, 0]) if count else test), count
+
+
 def pixels_sha256(split: Batches) -> str:
     """SHA-256 over the digests of all pictures in order, as in a record."""
     state = hashlib.sha256()
@@ -179,9 +199,9 @@ def pixels_sha256(split: Batches) -> str:
     return state.hexdigest()
 
 
-def _first(count: int, fraction: float, number: int) -> torch.Tensor:
+def _first(count: int, fraction: float) -> torch.Tensor:
     """Which rows are protected at this share: nested, those at 0.2 are among those at 0.5."""
-    order = torch.randperm(count, generator=torch_generator(number, "protected share"))
+    order = torch.randperm(count, generator=torch_generator(0, "protected share"))
     keep = torch.zeros(count, dtype=torch.bool)
     keep[order[: math.floor(fraction * count + 0.5)]] = True
     return keep

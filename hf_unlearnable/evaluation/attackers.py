@@ -141,7 +141,7 @@ def _tier_2() -> tuple[Attacker, ...]:
         _attacker("auto-augment", Augmented("auto_augment")),
         _attacker("rand-augment", Augmented("rand_augment")),
         _attacker("trivial-augment", Augmented("trivial_augment")),
-        _attacker("sda-an", AdversarialNoise(), StrongAugmentation()),
+        _attacker("sda-an", AdversarialNoise(), StrongAugmentation(), changes={"augmentation": "none"}),
         _attacker("d-vae", Dvae()),
         _attacker("republished jpeg-95", Jpeg(quality=95)),
         _attacker("republished one and a half size", Resize(scale=1.5)),
@@ -159,8 +159,9 @@ def suite(name: SuiteName) -> Suite:
     Raises:
         ValueError: there is no such suite.
 
-    Source: METHODS_NEW part IV, P5. Deviations: AVATAR, SimCLR, DFR and the adaptive tier 3 are no part of any suite
-    (DFR and probes: `hf_unlearnable.last_layer`, `hf_unlearnable.probes`).
+    Source: METHODS_NEW part IV, P5. Deviations: pretrained trainers (frozen probe, fine-tuning), the strong recipe of
+    OP's paper, AVATAR, SimCLR, DFR and the adaptive tier 3 are no part of any suite (`scripts/train_victim.py`,
+    `hf_unlearnable.probes` and `last_layer` have the first and DFR).
     """
     if name == "quick":
         weak = Adversarial(pgd_steps=3, pgd_step_size=2 / 255)

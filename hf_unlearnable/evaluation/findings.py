@@ -2,7 +2,7 @@
 
 import math
 import statistics
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -65,6 +65,7 @@ class Verdict:
         learnability: its test accuracy at the epochs that validation chose.
         ceiling: the same attacker's on clean rows; `clean`: that of plain training on clean rows.
         normalized: (learnability - chance) / (ceiling - chance).
+        measured: the attackers that were.
         refused: the guards that failed; where there are any, nothing is claimed.
         notes: what else must be said beside the figure.
     """
@@ -76,12 +77,13 @@ class Verdict:
     clean: float | None
     chance: float
     normalized: float | None
+    measured: tuple[str, ...]
     refused: tuple[str, ...]
     notes: tuple[str, ...]
 
 
-def spread(grid: dict[int, list[float]]) -> Spread:
-    """The mean over {poison seed: values of its training seeds}, and its standard error.
+def spread(grid: Mapping[Any, list[float]]) -> Spread:
+    """The mean over {poison key: values of its training seeds}, and its standard error.
 
         s2_train = mean_p var_t,   s2_poison = max(0, var_p(mean_t) - s2_train / T)
         SE = sqrt(s2_poison / P + s2_train / (P T))
@@ -116,7 +118,12 @@ def arm_of(outcome: Outcome) -> str:
     arm = outcome.job["arm"]
     if arm["kind"] in ("mix", "remainder"):
         return f"{arm['label']}, {arm['kind']} {arm['fraction']:g}"
-    return arm["label"]
+    return arm["label"] if arm["epsilon"] is None else noise_of(arm["epsilon"])
+
+
+def noise_of(epsilon: float) -> str:
+    """How the control with random noise of this radius is called in tables."""
+    return f"random noise {255 * epsilon:g}/255"
 
 
 def attacker_of(outcome: Outcome) -> str:
@@ -126,11 +133,11 @@ def attacker_of(outcome: Outcome) -> str:
 
 def _cell(arm: str, attacker: str, group: Sequence[Outcome]) -> Cell:
     def over(value: Any) -> Spread | None:
-        grid: dict[int, list[float]] = {}
+        grid: dict[str, list[float]] = {}
         for outcome in group:
             found = None if outcome.result is None else value(outcome.result)
             if found is not None:
-                grid.setdefault(outcome.job["arm"]["number"], []).append(found)
+                grid.setdefault(outcome.job["arm"]["digest"], []).append(found)
         return spread(grid) if grid else None
 
     return Cell(
@@ -151,84 +158,101 @@ def _oracle(result: Result) -> float:
 
 
 def verdict(
-    arm: str, found: Sequence[Cell], *, chance: float, least_train_accuracy: float | None, anchor: float | None
+    arm: str,
+    found: Sequence[Cell],
+    *,
+    chance: float,
+    planned: Sequence[str],
+    test_rows: int,
+    epsilon: float | None = None,
+    least_train_accuracy: float | None = None,
+    anchor: float | None = None,
 ) -> Verdict:
     """What may be claimed about one protected dataset, or why nothing may.
 
     Args:
         found: all cells, those of the controls among them.
+        planned: the attackers of the suite; plain training alone is no evaluation.
+        epsilon: the L-inf radius that the dataset keeps; None where it has none (its control is noise of 8/255).
         least_train_accuracy: see `attackers.Suite`.
-        anchor: what plain training on clean rows must reach; None for twice the chance level.
+        anchor: what plain training on clean rows must reach; None for twice the chance level, or half way from chance
+            to 1 where that is less.
     """
     by = {(cell.arm, cell.attacker): cell for cell in found}
     own = [cell for cell in found if cell.arm == arm]
     clean, plain = by.get(("clean", "erm")), by.get((arm, "erm"))
-    refused, notes = [], []
     clean_mean = clean.selected.mean if clean and clean.selected else None
-    needed = 2 * chance if anchor is None else anchor
-    if clean_mean is None:
-        refused.append("plain training on the clean rows is not measured")
-    elif clean_mean < needed:
-        refused.append(f"plain training on the clean rows reaches {clean_mean:.3f}, its anchor is {needed:.3f}")
-    if plain is None or plain.train is None:
-        refused.append("plain training on the published rows is not measured")
-    elif least_train_accuracy is not None and plain.train.mean < least_train_accuracy:
-        refused.append(
-            f"plain training fits {plain.train.mean:.3f} of the published rows, less than {least_train_accuracy}: "
-            "trained too little to call anything unlearnable"
-        )
-    elif least_train_accuracy is None and clean and clean.train and plain.train.mean < clean.train.mean - CONTROL_LOSS:
-        refused.append(
-            f"plain training fits {plain.train.mean:.3f} of the published and {clean.train.mean:.3f} of the clean "
-            "rows: trained too little to call anything unlearnable"
-        )
-    noise, shuffled = by.get(("random noise", "erm")), by.get(("shuffled labels", "erm"))
-    if noise and noise.selected and clean_mean is not None:
-        lost, doubt = clean_mean - noise.selected.mean, 2 * (noise.selected.error or 0.0)
+    refused = [
+        *_anchor_guard(clean_mean, min(2 * chance, (1 + chance) / 2) if anchor is None else anchor),
+        *_training_guard(plain, clean, least_train_accuracy),
+    ]
+    notes: list[str] = []
+    noise = by.get((noise_of(8 / 255 if epsilon is None else epsilon), "erm"))
+    if noise and noise.selected and clean and clean.selected:
+        lost = clean.selected.mean - noise.selected.mean
+        doubt = 2 * math.hypot(noise.selected.error or 0.0, clean.selected.error or 0.0)
         if lost - doubt > CONTROL_LOSS:
-            refused.append(f"random noise of the same budget costs {lost:.3f}: the victim is too fragile")
+            refused.append(f"{noise.arm} costs {lost:.3f}: the victim is too fragile")
     else:
-        notes.append("random noise of the same budget: not measured")
+        notes.append("random noise as a control: not measured")
+    shuffled = by.get(("shuffled labels", "erm"))
     if shuffled and shuffled.last:
-        if abs(shuffled.last.mean - chance) > CHANCE_MARGIN:
-            refused.append(f"shuffled labels give {shuffled.last.mean:.3f}, chance is {chance:.3f}")
+        above = chance + CHANCE_MARGIN + 2 * math.sqrt(chance * (1 - chance) / test_rows)
+        if shuffled.last.mean > above:
+            refused.append(f"shuffled labels give {shuffled.last.mean:.3f}, chance is {chance:.3f}: something leaks")
     else:
         notes.append("shuffled labels: not measured")
     judged = [cell for cell in own if cell.validation and cell.selected]
-    missing = [cell.attacker for cell in own if cell.failed]
+    measured = {cell.attacker for cell in judged}
+    missing = [name for name in planned if name not in measured]
     if missing:
-        notes.append(f"failed and not counted: {', '.join(missing)}")
-    if not judged:
-        return Verdict(
-            arm=arm,
-            attacker=None,
-            learnability=None,
-            ceiling=None,
-            clean=clean_mean,
-            chance=chance,
-            normalized=None,
-            refused=(*refused, "no attacker is measured"),
-            notes=tuple(notes),
-        )
-    best = max(judged, key=lambda cell: cell.validation.mean if cell.validation else 0.0)
-    assert best.selected is not None
-    same = by.get(("clean", best.attacker))
-    ceiling = same.selected.mean if same and same.selected else None
-    if best.selected.poisons == 1:
-        notes.append("a single poison key")
-    if best.selected.trainings == 1:
-        notes.append("a single training: no spread")
-    normalized = None
-    if ceiling is not None and ceiling > chance:
-        normalized = (best.selected.mean - chance) / (ceiling - chance)
+        notes.append(f"{len(planned) - len(missing)} of {len(planned)} attackers: without {', '.join(missing)}")
+    if failed := [cell.attacker for cell in own if cell.failed]:
+        notes.append(f"failed and not counted: {', '.join(failed)}")
+    best = max(judged, key=lambda cell: cell.validation.mean if cell.validation else 0.0, default=None)
+    ceiling = normalized = None
+    if best is None or best.selected is None:
+        refused.append("no attacker is measured")
+    else:
+        if measured == {"erm"}:
+            refused.append("plain training alone is no evaluation")
+        same = by.get(("clean", best.attacker))
+        ceiling = same.selected.mean if same and same.selected else None
+        if ceiling is not None and ceiling > chance:
+            normalized = (best.selected.mean - chance) / (ceiling - chance)
+        if best.selected.poisons == 1:
+            notes.append("a single poison key")
+        if best.selected.trainings == 1:
+            notes.append("a single training: no spread")
     return Verdict(
         arm=arm,
-        attacker=best.attacker,
-        learnability=best.selected,
+        attacker=best.attacker if best else None,
+        learnability=best.selected if best else None,
         ceiling=ceiling,
         clean=clean_mean,
         chance=chance,
         normalized=normalized,
+        measured=tuple(name for name in planned if name in measured),
         refused=tuple(refused),
         notes=tuple(notes),
     )
+
+
+def _anchor_guard(clean: float | None, anchor: float) -> list[str]:
+    if clean is None:
+        return ["plain training on the clean rows is not measured"]
+    if clean < anchor:
+        return [f"plain training on the clean rows reaches {clean:.3f}, its anchor is {anchor:.3f}"]
+    return []
+
+
+def _training_guard(plain: Cell | None, clean: Cell | None, least: float | None) -> list[str]:
+    if plain is None or plain.train is None:
+        return ["plain training on the published rows is not measured"]
+    told = "trained too little to call anything unlearnable"
+    if least is not None and plain.train.mean < least:
+        return [f"plain training fits {plain.train.mean:.3f} of the published rows, less than {least}: {told}"]
+    if least is None and clean and clean.train and plain.train.mean < clean.train.mean - CONTROL_LOSS:
+        fits = f"{plain.train.mean:.3f} of the published and {clean.train.mean:.3f} of the clean rows"
+        return [f"plain training fits {fits}: {told}"]
+    return []

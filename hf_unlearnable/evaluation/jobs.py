@@ -12,6 +12,7 @@ from typing import Any
 from accelerate import Accelerator
 from filelock import FileLock, Timeout
 
+from hf_unlearnable.checkpoint import OtherRun
 from hf_unlearnable.defenses.fresh import EachStep
 from hf_unlearnable.evaluation.arms import Arm, Rows
 from hf_unlearnable.evaluation.attackers import Attacker
@@ -49,7 +50,7 @@ class Job:
 
     def described(self) -> dict[str, Any]:
         """What decides the result, as JSON values."""
-        arm = {name: getattr(self.arm, name) for name in ("label", "kind", "number", "digest", "fraction", "epsilon")}
+        arm = {name: getattr(self.arm, name) for name in ("label", "kind", "digest", "fraction", "epsilon")}
         return json.loads(
             json.dumps(
                 {
@@ -57,7 +58,7 @@ class Job:
                     "attacker": {"name": self.attacker.name, **self.attacker.described()},
                     "seed": self.seed,
                     "backbone": self.attacker.backbone or self.backbone,
-                    "recipe": self.recipe,
+                    "recipe": dataclasses.asdict(recipe(self.recipe)),
                     "steps": self.steps,
                 }
             )
@@ -226,18 +227,20 @@ class Worker:
             seed=job.seed,
         )
         checkpoint = self.checkpoints / f"{job.name}.safetensors"
-        result = train(
-            network,
-            training,
-            self.rows.test,
-            recipe=chosen,
-            defense=loss,
-            accelerator=self.accelerator,
-            seed=job.seed,
-            validation=self.rows.validation,
-            checkpoint=checkpoint,
-            max_minutes=left,
-            progress=self.progress,
-        )
+        how: dict[str, Any] = {
+            "recipe": chosen,
+            "defense": loss,
+            "accelerator": self.accelerator,
+            "seed": job.seed,
+            "validation": self.rows.validation,
+            "checkpoint": checkpoint,
+            "max_minutes": left,
+            "progress": self.progress,
+        }
+        try:
+            result = train(network, training, self.rows.test, **how)
+        except OtherRun:  # begun with other threads, hardware or versions
+            checkpoint.unlink()
+            result = train(network, training, self.rows.test, **how)
         checkpoint.unlink(missing_ok=True)
         return result

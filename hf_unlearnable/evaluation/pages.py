@@ -2,6 +2,7 @@
 
 import csv
 import io
+import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -23,8 +24,8 @@ def summary(verdicts: Sequence[Verdict], cells: Sequence[Cell], setting: dict[st
     told = sorted(verdicts, key=lambda v: -(v.learnability.mean if v.learnability else 2.0))
     lines = ["# What a trainer still learns", "", _sentence(setting), ""]
     lines += [
-        "| protected with | best attacker | learned (test) | the same on clean rows | plain training | clean, plain "
-        "| chance | |",
+        "| protected with | best attacker | learned (test) | the same on clean rows | plain training "
+        "| plain training on clean rows | chance | |",
         "|---|---|---|---|---|---|---|---|",
     ]
     by = {(cell.arm, cell.attacker): cell for cell in cells}
@@ -33,7 +34,7 @@ def summary(verdicts: Sequence[Verdict], cells: Sequence[Cell], setting: dict[st
         figures = [
             f"**{percent(one.learnability)}**",
             "not measured" if one.ceiling is None else f"{100 * one.ceiling:.1f}",
-            percent(plain.last if plain else None),
+            percent(plain.selected if plain else None),
             "not measured" if one.clean is None else f"{100 * one.clean:.1f}",
             f"{100 * one.chance:.1f}",
         ]
@@ -44,9 +45,10 @@ def summary(verdicts: Sequence[Verdict], cells: Sequence[Cell], setting: dict[st
     lines += [
         "",
         "The best attacker is the one with the highest accuracy on clean validation rows, and its epoch the one",
+        "with the best; the figure is its accuracy on test rows that chose nothing. So are the others in this table. ±",
+        "is the standard error over poison keys and training seeds.",
+        "",
     ]
-    lines += ["with the best; the figure is its accuracy on test rows that chose nothing. ± is the standard error over"]
-    lines += ["poison keys and training seeds. Plain training: after the last step.", ""]
     for one in verdicts:
         lines += _gains(one.arm, cells)
     for arm in dict.fromkeys(cell.arm for cell in cells):
@@ -95,7 +97,11 @@ def _gains(label: str, cells: Sequence[Cell]) -> list[str]:
     for share in sorted(found, key=float):
         rest = f"{label}, remainder {share}"
         mixed, alone, equal = by[f"{label}, mix {share}", "erm"], by.get((rest, "erm")), by.get((rest, EQUAL_STEPS))
-        gain = "not measured" if mixed is None or equal is None else f"{100 * (mixed.mean - equal.mean):+.1f}"
+        gain = "not measured"
+        if mixed is not None and equal is not None:
+            known = None not in (mixed.error, equal.error)
+            doubt = f" ± {100 * math.hypot(mixed.error or 0, equal.error or 0):.1f}" if known else ""
+            gain = f"{100 * (mixed.mean - equal.mean):+.1f}{doubt}"
         lines.append(f"| {share} | {percent(mixed)} | {percent(alone)} | {percent(equal)} | {gain} |")
     return [*lines, "", "Plain training, last epoch. Gain: against equal steps; not above 0: as if withheld.", ""]
 

@@ -1,10 +1,13 @@
 """The protocol: which trainings an evaluation needs, and what is written when some of them are done."""
 
 import os
+import re
 from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
+
+from filelock import FileLock
 
 from hf_unlearnable import card
 from hf_unlearnable.evaluation import pages, pictures
@@ -17,26 +20,47 @@ from hf_unlearnable.record import Record
 
 
 def protected_arms(given: Sequence[str]) -> list[Arm]:
-    """An arm for every `label=folder`, or folder labelled by its method; those of one label are numbered.
+    """An arm for every `label=folder`, or folder labelled by its method.
 
     Raises:
         FileNotFoundError: a folder without a record.
-        ValueError: the datasets were not made of the same clean rows.
+        ValueError: a label that is no plain name, a dataset given twice, datasets that were not made of the same clean
+            rows, or of one label by different methods or settings.
     """
     arms: list[Arm] = []
-    sources: dict[str, str] = {}
+    records: dict[str, Record] = {}
     for text in given:
         label, found, path = text.partition("=")
         path = path if found else text
         record = _record(path)
         label = label if found else record.method
-        number = sum(arm.label == label for arm in arms)
+        if not re.fullmatch(r"\w[\w.+-]*", label):
+            raise ValueError(f"expected a label of letters, digits and . + - _, got {label!r}")
         digest = record.published["pixels_sha256"]
-        arms.append(Arm(label=label, kind="protected", number=number, path=os.path.abspath(path), digest=digest))
-        sources[path] = record.source["pixels_sha256"]
-    if len(set(sources.values())) > 1:
-        raise ValueError(f"expected datasets made of the same clean rows, got {sources}: evaluate them apart")
+        for arm in arms:
+            there = records[arm.digest]
+            if arm.digest == digest:
+                raise ValueError(f"{path} and {arm.path} hold the same pictures")
+            if there.source["pixels_sha256"] != record.source["pixels_sha256"]:
+                raise ValueError(f"{path} and {arm.path} were not made of the same clean rows: evaluate them apart")
+            if arm.label == label and _settings(there) != _settings(record):
+                raise ValueError(
+                    f"{path} and {arm.path} are both {label!r}, but of different methods or settings: "
+                    "label them (label=folder)"
+                )
+        arms.append(Arm(label=label, kind="protected", path=os.path.abspath(path), digest=digest))
+        records[digest] = record
     return arms
+
+
+def _settings(record: Record) -> tuple[str, dict[str, Any]]:
+    return record.method, {name: value for name, value in record.settings.items() if name != "surrogate"}
+
+
+def epsilon_of(arm: Arm) -> float | None:
+    """The L-inf radius that an arm's record says its rows keep; None where they keep none."""
+    kept = [one["epsilon"] for one in _record(arm.path).pixels.get("budgets", []) if one["norm"] == "linf"]
+    return max(kept, default=None)
 
 
 def plan(suite: Suite, protected: Sequence[Arm], *, anchors: bool = True) -> list[Job]:
@@ -50,10 +74,10 @@ def plan(suite: Suite, protected: Sequence[Arm], *, anchors: bool = True) -> lis
         anchors: False leaves out the clean rows and the controls: nothing can then be claimed.
     """
     first = protected[0]
-    epsilons = [one["epsilon"] for arm in protected for one in _budgets(arm.path) if one["norm"] == "linf"]
+    epsilons = sorted({epsilon_of(arm) or 8 / 255 for arm in protected})
     behind: dict[str, Any] = {"path": first.path, "digest": _record(first.path).source["pixels_sha256"]}
     clean = Arm(label="clean", kind="clean", **behind)
-    noise = Arm(label="random noise", kind="noise", epsilon=max(epsilons, default=8 / 255), **behind)
+    noise = [Arm(label="random noise", kind="noise", epsilon=epsilon, **behind) for epsilon in epsilons]
     shuffled = Arm(label="shuffled labels", kind="shuffled", **behind)
     plain, *others = suite.attackers
     how: dict[str, Any] = {"backbone": suite.backbone, "recipe": suite.recipe}
@@ -61,12 +85,13 @@ def plan(suite: Suite, protected: Sequence[Arm], *, anchors: bool = True) -> lis
     for seed in suite.seeds:
         if anchors:
             jobs.append(Job(arm=clean, attacker=plain, seed=seed, **how))
-        if anchors and seed == suite.seeds[0]:
-            jobs += [Job(arm=arm, attacker=plain, seed=seed, **how) for arm in (noise, shuffled)]
+        if anchors:
+            controls = [*noise, shuffled] if seed == suite.seeds[0] else noise
+            jobs += [Job(arm=arm, attacker=plain, seed=seed, **how) for arm in controls]
         jobs += [Job(arm=arm, attacker=one, seed=seed, **how) for arm in protected for one in suite.attackers]
         if anchors:
             jobs += [Job(arm=clean, attacker=one, seed=seed, **how) for one in others]
-        for arm in (arm for arm in protected if arm.number == 0):
+        for arm in {arm.label: arm for arm in reversed(protected)}.values():
             for fraction in suite.fractions:
                 part = {"label": arm.label, "path": arm.path, "digest": arm.digest, "fraction": fraction}
                 jobs.append(Job(arm=Arm(kind="mix", **part), attacker=plain, seed=seed, **how))  # type: ignore[arg-type]
@@ -103,9 +128,22 @@ def report(
         raise ValueError("these trainings were tested on different rows: evaluate into another output")
     found, chance = cells(outcomes), result.chance
     labels = list(dict.fromkeys(arm.label for arm in protected))
-    least = suite.least_train_accuracy
-    verdicts = [verdict(label, found, chance=chance, least_train_accuracy=least, anchor=anchor) for label in labels]
+    verdicts = [
+        verdict(
+            label,
+            found,
+            chance=chance,
+            planned=[one.name for one in suite.attackers],
+            test_rows=result.test_rows,
+            epsilon=next(epsilon_of(arm) for arm in protected if arm.label == label),
+            least_train_accuracy=suite.least_train_accuracy,
+            anchor=anchor,
+        )
+        for label in labels
+    ]
     setting = {
+        "suite": suite.name,
+        "anchor": anchor,
         "dataset": Record.load(Path(protected[0].path) / "record.json").source["dataset"],
         "train_rows": max(o.result.train_rows for o in done if o.result),
         "validation_rows": result.validation_rows,
@@ -122,7 +160,8 @@ def report(
     main = [cell for cell in found if cell.arm in ("clean", *labels)]
     (output / "matrix.md").write_text(pages.matrix(main) + "\n")
     title = f"{setting['dataset']}, {setting['train_rows']:,} rows, {suite.backbone}, recipe {suite.recipe}"
-    pictures.heat_map(main, output / "heat-map.png", title=title, chance=chance)
+    if any(cell.selected for cell in main):
+        pictures.heat_map(main, output / "heat-map.png", title=title, chance=chance)
     for told in verdicts:
         own = [outcome for outcome in done if arm_of(outcome) == told.arm]
         if not own:
@@ -138,13 +177,26 @@ def report(
 
 
 def _note(folder: Path, told: Verdict, found: Sequence[Cell], setting: dict[str, Any]) -> None:
-    record = Record.load(folder / "record.json")
-    entry = {"setting": {**setting, "seeds": list(setting["seeds"])}, **asdict(told)}
-    entry["cells"] = [asdict(cell) for cell in found]
-    kept = [one for one in record.results if one.get("setting") != entry["setting"]]
-    record.results[:] = [*kept, entry]
-    record.save(folder / "record.json")
-    (folder / "README.md").write_text(card.stub(record))
+    """Put a verdict into a record and its card, in place of those that measured no attacker besides.
+
+    A card that somebody else has written on is left alone.
+    """
+    with FileLock(folder.parent / f".{folder.name}.note.lock"):
+        record = Record.load(folder / "record.json")
+        page = folder / "README.md"
+        ours = not page.exists() or page.read_text() == card.stub(record)
+        entry = {"setting": {**setting, "seeds": list(setting["seeds"])}, **asdict(told)}
+        entry["cells"] = [asdict(cell) for cell in found]
+        same = ("dataset", "train_rows", "backbone", "recipe")
+
+        def outdone(other: dict[str, Any]) -> bool:
+            alike = all(other["setting"].get(name) == entry["setting"][name] for name in same)
+            return alike and set(other["measured"]) <= set(told.measured)
+
+        record.results[:] = [*(one for one in record.results if not outdone(one)), entry]
+        record.save(folder / "record.json")
+        if ours:
+            page.write_text(card.stub(record))
 
 
 def _record(path: str) -> Record:
@@ -152,10 +204,6 @@ def _record(path: str) -> Record:
         return Record.load(Path(path) / "record.json")
     except FileNotFoundError:
         raise FileNotFoundError(f"expected a protected dataset with its record.json, got {path}") from None
-
-
-def _budgets(path: str) -> list[dict[str, Any]]:
-    return _record(path).pixels.get("budgets", [])
 
 
 def _all_steps(suite: Suite, path: str) -> int:

@@ -1,5 +1,6 @@
 """What papers report, beside what is measured here; never a figure of ours."""
 
+import re
 from typing import Any
 
 _UERASER, _ISS, _CUDA, _MMM, _RSK = (
@@ -88,6 +89,6 @@ def reported(dataset: str, label: str, attacker: str) -> dict[str, Any] | None:
         attacker: its name in the suites.
     """
     found = _CIFAR10.get((label, attacker))
-    if found is None or "cifar10" not in dataset.lower().replace("-", "").replace("_", ""):
+    if found is None or not re.search(r"cifar[-_]?10(?!0)", dataset.lower()):
         return None
     return {"test_accuracy": round(found[0] / 100, 4), "setting": "CIFAR-10, ResNet-18", "source": found[1]}

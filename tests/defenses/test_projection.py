@@ -15,6 +15,7 @@ from hf_unlearnable.defenses.base import describe
 from hf_unlearnable.defenses.projection import OrthogonalProjection
 from hf_unlearnable.draws import FreshDraws
 from hf_unlearnable.images import to_float
+from hf_unlearnable.keys import torch_generator
 from tests.conftest import make_dataset, noise_pictures, pixels
 
 
@@ -40,13 +41,24 @@ def slow_regression(train: Batches, weight: Tensor, epochs: int, size: int, rate
     weight = weight.clone().requires_grad_()
     sgd = torch.optim.SGD([weight], rate)
     schedule = torch.optim.lr_scheduler.MultiStepLR(sgd, [epochs // 2, epochs * 3 // 4], 0.1)
+    order = torch.randperm(len(train), generator=torch_generator(5, "op", "order"))
     for _ in range(epochs):
-        for u, labels in train.chunks(size):
+        for part in order.split(size):
             sgd.zero_grad()
-            F.cross_entropy(F.linear(to_float(u).flatten(1), weight), labels).backward()
+            F.cross_entropy(F.linear(to_float(train.pixels[part]).flatten(1), weight), train.labels[part]).backward()
             sgd.step()
         schedule.step()
     return weight.detach()
+
+
+def test_rows_that_are_sorted_by_class_do_no_harm() -> None:
+    train = batches()
+    ordered = train.select(train.labels.argsort())
+    found = [
+        OrthogonalProjection(fit_epochs=20, fit_batch_size=50).fit(split, seed=0).tensors for split in (train, ordered)
+    ]
+    spans = [one["directions"].double() for one in found if one]
+    assert torch.linalg.svdvals(spans[0].t() @ spans[1]).min() > 0.9
 
 
 def test_the_regression_is_torchs() -> None:

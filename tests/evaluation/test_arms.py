@@ -104,12 +104,16 @@ def test_a_changed_folder_is_refused(protected_once: list[Path], shapes: Dataset
         rows_of(shapes).training(arm("protected", folder))
 
 
-def test_test_rows_among_the_training_rows_are_refused(shapes: DatasetDict) -> None:
-    leaky = DatasetDict(
-        {"train": shapes["train"], "test": concatenate_datasets([shapes["test"], shapes["train"].select([17])])}
-    )
-    with pytest.raises(ValueError, match=r"row 17 of the clean training rows is also test row 200"):
-        rows_of(leaky)
+def test_test_rows_among_the_training_rows_are_left_out_or_refused(shapes: DatasetDict) -> None:
+    def leaky(count: int) -> DatasetDict:
+        both = concatenate_datasets([shapes["test"], shapes["train"].select(range(count))])
+        return DatasetDict({"train": shapes["train"], "test": both})
+
+    found, clean = rows_of(leaky(2)), rows_of(shapes)
+    assert (found.left_out, clean.left_out) == (2, 0)
+    assert torch.equal(found.test.pixels, clean.test.pixels)
+    with pytest.raises(ValueError, match=r"3 of 203 test rows \(the first is row 200\) are among the training rows"):
+        rows_of(leaky(3))
 
 
 def test_test_pictures_of_another_size_are_refused(shapes: DatasetDict) -> None:
@@ -140,8 +144,17 @@ def test_test_classes_in_another_order_are_matched_by_name(shapes: DatasetDict) 
 
 def test_arms_from_the_command_line(protected_once: list[Path], tmp_path: Path, shapes: DatasetDict) -> None:
     a, b = map(str, protected_once)
-    arms = protected_arms([a, f"mine={b}", b])
-    assert [(one.label, one.number) for one in arms] == [("lsp", 0), ("mine", 0), ("lsp", 1)]
+    arms = protected_arms([a, f"mine={b}"])
+    assert [one.label for one in protected_arms([a, b])] == ["lsp", "lsp"]
+    assert [one.label for one in arms] == ["lsp", "mine"]
+    assert len({one.name for one in arms}) == 2
+    for wrong, message in ((["a/b=" + a], "expected a label"), ([a, f"other={a}"], "hold the same pictures")):
+        with pytest.raises(ValueError, match=message):
+            protected_arms(wrong)
+    protect(shapes["train"], LspPoison(seed=3, patch=4), tmp_path / "finer", source="demo", progress=False)
+    with pytest.raises(ValueError, match="different methods or settings"):
+        protected_arms([a, str(tmp_path / "finer")])
+    assert len(protected_arms([a, f"finer={tmp_path / 'finer'}"])) == 2
     with pytest.raises(FileNotFoundError, match=r"record\.json"):
         protected_arms([str(tmp_path)])
     protect(shapes["train"].select(range(40)), LspPoison(seed=3), tmp_path / "few", source="demo", progress=False)

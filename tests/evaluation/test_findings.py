@@ -57,7 +57,7 @@ def outcome(
     arm: str, attacker: str, *, number: int = 0, seed: int = 0, failed: str | None = None, **how: Any
 ) -> Outcome:
     job = {
-        "arm": {"label": arm, "kind": "protected", "number": number, "fraction": 1.0},
+        "arm": {"label": arm, "kind": "protected", "digest": str(number), "fraction": 1.0, "epsilon": None},
         "attacker": {"name": attacker},
         "seed": seed,
         "steps": None,
@@ -68,13 +68,14 @@ def outcome(
 def controls(clean: float = 0.9) -> list[Outcome]:
     return [
         outcome("clean", "erm", test=[clean], validation=[clean], train=0.9),
-        outcome("random noise", "erm", test=[clean - 0.01], validation=[clean]),
+        outcome("random noise 8/255", "erm", test=[clean - 0.01], validation=[clean]),
         outcome("shuffled labels", "erm", test=[0.51], validation=[0.5], train=0.5),
     ]
 
 
 def judge(found: list[Outcome], **changes: Any) -> Verdict:
-    how = {"chance": 0.5, "least_train_accuracy": 0.95, "anchor": 0.8, **changes}
+    planned = list(dict.fromkeys(one.job["attacker"]["name"] for one in found))
+    how = {"chance": 0.5, "planned": planned, "test_rows": 200, "least_train_accuracy": 0.95, "anchor": 0.8, **changes}
     return verdict("p", cells(found), **how)
 
 
@@ -113,25 +114,53 @@ def test_attacker_and_epoch_are_chosen_on_validation_not_on_test() -> None:
 
 
 def test_guards_refuse() -> None:
+    other = outcome("p", "jpeg-10", test=[0.5], validation=[0.5])
+
     def plain(train: float = 0.97) -> Outcome:
         return outcome("p", "erm", test=[0.6], validation=[0.6], train=train)
 
-    fine = [*controls(), plain()]
+    fine = [*controls(), plain(), other]
     assert judge(fine).refused == ()
     assert "anchor" in judge([*controls(0.7), plain()]).refused[0]
     assert "trained too little" in judge([*controls(), plain(0.93)]).refused[0]
     relative = {"least_train_accuracy": None}
-    assert judge([*controls(), plain(0.885)], **relative).refused == ()
+    assert judge([*controls(), plain(0.885), other], **relative).refused == ()
+    assert judge(fine[:-1]).refused == ("plain training alone is no evaluation",)
     assert "trained too little" in judge([*controls(), plain(0.87)], **relative).refused[0]
     assert "not measured" in judge([plain()]).refused[0]
-    fragile = [fine[0], outcome("random noise", "erm", test=[0.8], validation=[0.8]), fine[2], fine[3]]
+    fragile = [fine[0], outcome("random noise 8/255", "erm", test=[0.8], validation=[0.8]), fine[2], fine[3]]
     assert "too fragile" in judge(fragile).refused[0]
-    leaking = [*fine[:2], outcome("shuffled labels", "erm", test=[0.6], validation=[0.6]), fine[3]]
-    assert "shuffled labels" in judge(leaking).refused[0]
+    leaking = [*fine[:2], outcome("shuffled labels", "erm", test=[0.65], validation=[0.65]), *fine[3:]]
+    assert "something leaks" in judge(leaking).refused[0]
+    below = [*fine[:2], outcome("shuffled labels", "erm", test=[0.3], validation=[0.3]), *fine[3:]]
+    assert judge(below).refused == ()
     assert judge(fine[:1] + fine[3:]).notes[:2] == (
-        "random noise of the same budget: not measured",
+        "random noise as a control: not measured",
         "shuffled labels: not measured",
     )
+    assert "random noise as a control: not measured" in judge(fine, epsilon=16 / 255).notes
+
+
+def test_default_anchors_can_be_reached_whatever_the_chance() -> None:
+    def told(clean: float, chance: float) -> tuple[str, ...]:
+        found = [
+            outcome("clean", "erm", test=[clean], validation=[clean]),
+            outcome("p", "erm", test=[0.6], validation=[0.6]),
+            outcome("p", "jpeg-10", test=[0.5], validation=[0.5]),
+        ]
+        return judge(found, anchor=None, chance=chance).refused
+
+    assert told(0.76, 0.5) == ()
+    assert "its anchor is 0.750" in told(0.74, 0.5)[0]
+    assert told(0.21, 0.1) == ()
+    assert "its anchor is 0.200" in told(0.19, 0.1)[0]
+
+
+def test_what_was_planned_and_not_measured_is_told() -> None:
+    found = [*controls(), *(outcome("p", name, test=[0.6], validation=[0.6]) for name in ("erm", "jpeg-10"))]
+    told = judge(found, planned=["erm", "jpeg-10", "ueraser"])
+    assert told.measured == ("erm", "jpeg-10")
+    assert "2 of 3 attackers: without ueraser" in told.notes
 
 
 def test_failed_trainings_are_told_and_not_counted() -> None:
@@ -169,15 +198,20 @@ def test_pages_tell_the_most_learnable_first() -> None:
         outcome("weak", "erm", test=[0.75], validation=[0.75]),
         outcome("weak", "jpeg-10", test=[0.85], validation=[0.85]),
     ]
-    told = [verdict(arm, cells(found), chance=0.5, least_train_accuracy=0.9, anchor=0.8) for arm in ("strong", "weak")]
+    told = [
+        verdict(arm, cells(found), chance=0.5, planned=["erm", "jpeg-10"], test_rows=200, anchor=0.8)
+        for arm in ("strong", "weak")
+    ]
     text = pages.summary(told, cells(found), SETTING)
-    assert text.index("| weak | jpeg-10 | **85.0** |") < text.index("| strong | erm | **55.0 ± 0.0** |")
+    assert text.index("| weak | jpeg-10 | **85.0** |") < text.index("| strong | erm | refused |")
     matrix = pages.matrix(cells(found))
     assert "| weak | 75.0 | **85.0** |" in matrix
     lines = pages.table(cells(found)).splitlines()
     assert len(lines) == 1 + 6
     assert lines[-1].startswith("weak,jpeg-10,0.850000,,0.850000,,0.850000,")
-    refused = verdict("weak", cells(found), chance=0.5, least_train_accuracy=0.99, anchor=0.8)
+    refused = verdict(
+        "weak", cells(found), chance=0.5, planned=["erm"], test_rows=200, least_train_accuracy=0.99, anchor=0.8
+    )
     assert "| refused |" in pages.summary([refused], cells(found), SETTING)
     assert "REFUSED: plain training fits" in pages.summary([refused], cells(found), SETTING)
 
@@ -185,7 +219,7 @@ def test_pages_tell_the_most_learnable_first() -> None:
 def test_gains_of_protected_rows_are_against_equal_steps() -> None:
     def part(kind: str, value: float, steps: int | None = None) -> Outcome:
         job = {
-            "arm": {"label": "p", "kind": kind, "number": 0, "fraction": 0.5},
+            "arm": {"label": "p", "kind": kind, "digest": "0", "fraction": 0.5, "epsilon": None},
             "attacker": {"name": "erm"},
             "seed": 0,
             "steps": steps,

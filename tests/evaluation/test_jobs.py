@@ -137,7 +137,7 @@ def test_a_real_job_stops_in_time_goes_on_and_ends_as_if_it_had_not(
     assert found.result is not None
     assert found.result.curve == whole.result.curve
     assert (found.result.train_rows, found.result.validation_rows) == (160, 60)
-    assert found.job["attacker"]["data"] == [{"name": "jpeg", "seed": 0, "quality": 10}]
+    assert found.job["attacker"]["data"] == [{"name": "jpeg", "version": 1, "seed": 0, "quality": 10}]
     found.save(tmp_path / "outcome.json")
     assert Outcome.load(tmp_path / "outcome.json") == found
     assert not list((tmp_path / "parts").rglob("*.safetensors"))
