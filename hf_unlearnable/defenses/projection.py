@@ -40,6 +40,7 @@ class OrthogonalProjection(LearnedDefense):
     """
 
     name: ClassVar[str] = "op"
+    version: ClassVar[int] = 2
     each_step: ClassVar = "before crop"
     stored_precision: ClassVar = torch.float64
 

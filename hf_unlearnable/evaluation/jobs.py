@@ -86,7 +86,7 @@ class Outcome:
         """Write it, whole or not at all."""
         path.parent.mkdir(parents=True, exist_ok=True)
         partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
-        partial.write_text(json.dumps(dataclasses.asdict(self), indent=1, allow_nan=False) + "\n")
+        partial.write_text(json.dumps(dataclasses.asdict(self), allow_nan=False, separators=(",", ":")) + "\n")
         os.replace(partial, path)
 
     @classmethod

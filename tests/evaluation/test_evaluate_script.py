@@ -53,7 +53,8 @@ def test_it_stops_in_time_goes_on_reports_and_tells_the_record(place: Path, caps
     assert "6 of 6 trainings are not done" in capsys.readouterr().out
     assert call(place) == 0
     said = capsys.readouterr().out
-    assert "clean-0, erm, seed 0" in said
+    assert ", erm, seed 0: " in said
+    assert ", grayscale, seed 0: " in said
     assert "lsp: " in said
     assert len(list((place / "eval" / "jobs").rglob("*.json"))) == 6
     assert (place / "eval" / "heat-map.png").exists()

@@ -103,7 +103,7 @@ def test_an_outcome_of_another_job_is_refused_and_a_damaged_one_named(tmp_path: 
     with pytest.raises(ValueError, match="is of another job"):
         other.open()
     path = queue.path(queue.jobs[0])
-    path.write_text(path.read_text().replace('"schema": 1', '"schema": 2'))
+    path.write_text(path.read_text().replace('"schema":1', '"schema":2'))
     with pytest.raises(ValueError, match="newer than 1"):
         queue.open()
     path.write_text("{")
