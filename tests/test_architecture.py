@@ -51,6 +51,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "detection": {"result", "victim", "defenses", "probes"} | L0 | L1,
     "last_layer": {"result", "victim", "defenses", "probes"} | L0 | L1,
     "certificate": {"keys"},
+    "theory": {"keys"},
     "benchmarks": {"benchmarks", "fitting", "defenses", "poisons"} | L0 | L1,
     "evaluation": {"evaluation", "result", "victim", "defenses", "poisons", "record", "report", "card"}
     | {"probes", "detection", "last_layer", "certificate"}

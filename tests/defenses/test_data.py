@@ -131,7 +131,7 @@ def test_it_is_a_value() -> None:
 
 
 def test_settings_say_nothing_of_storage() -> None:
-    told = {"name": "dimmed", "seed": 5, "least": 0.2}
+    told = {"name": "dimmed", "version": 1, "seed": 5, "least": 0.2}
     assert describe(Dimmed(seed=5, image_format="webp", image_column="img")) == told
 
 

@@ -140,7 +140,7 @@ def test_names_and_what_goes_into_results() -> None:
     assert EachStep(coin).name == "coin"
     assert EachStep(coin, EachStep(rsk)).name == "coin+rsk-ff"
     told = describe(EachStep(coin, EachStep(rsk)))
-    assert told["data"] == {"name": "coin", "seed": 0, "alpha": 1.0}
+    assert told["data"] == {"name": "coin", "version": 1, "seed": 0, "alpha": 1.0}
     assert told["loss"]["data"]["keep"] == 0.3
     assert told["loss"]["loss"] == {"name": "erm"}
 

@@ -110,7 +110,7 @@ def test_it_is_a_value_told_apart_by_label_and_name() -> None:
     ]
     assert all(one != other for i, one in enumerate(states) for other in states[:i])
     told = describe(Purifier(purify=Scaled(), label="a"))
-    assert told == {"name": "purifier", "seed": 0, "label": "a", "function": f"{__name__}.Scaled"}
+    assert told == {"name": "purifier", "version": 1, "seed": 0, "label": "a", "function": f"{__name__}.Scaled"}
 
 
 def test_functions_without_a_name_are_refused() -> None:

@@ -80,7 +80,7 @@ def test_row_batch_and_mixed_sizes_give_the_same_pixels(defense: DataDefense, sm
 
 
 def test_what_it_is_goes_into_results() -> None:
-    assert describe(Jpeg(quality=30)) == {"name": "jpeg", "seed": 0, "quality": 30}
+    assert describe(Jpeg(quality=30)) == {"name": "jpeg", "version": 1, "seed": 0, "quality": 30}
     assert Jpeg(quality=30).cache_state() != Jpeg().cache_state()
 
 
