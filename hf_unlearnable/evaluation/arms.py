@@ -49,7 +49,7 @@ class Arm:
         """For file names: other pictures, another name."""
         share = "" if self.fraction == 1.0 else f"-{self.kind}-{self.fraction:g}"
         bound = "" if self.epsilon is None else f"-{255 * self.epsilon:g}"
-        return f"{self.label}{share}{bound}-{self.digest[:8]}"
+        return f"{self.label}{share}{bound}-{self.digest[:8]}".replace(" ", "-")
 
 
 class Rows:
