@@ -1,6 +1,5 @@
 """Protect a dataset: from a split to a folder that `load_dataset` reads, with its record and pictures."""
 
-import hashlib
 import math
 import os
 import re
@@ -18,6 +17,7 @@ from filelock import FileLock, Timeout
 from tqdm.auto import tqdm
 
 from hf_unlearnable import card, columns, preview
+from hf_unlearnable.digests import columns_digest, file_digest, split_digest
 from hf_unlearnable.images import Picture, decode_many, digest
 from hf_unlearnable.keys import commitment
 from hf_unlearnable.metrics import PixelReport
@@ -160,20 +160,23 @@ def _measure(
     wanted = _preview_rows(clean, label)
     plain = clean.with_format("arrow").cast_column(image, Image(decode=False))
     report = PixelReport(perceptual_every=max(1, math.ceil(len(clean) / PERCEPTUAL_ROWS)))
-    clean_digest, published_digest = hashlib.sha256(), hashlib.sha256()
+    clean_rows, published_rows, other_rows = bytearray(), bytearray(), bytearray()
     pairs: dict[int, preview.Pair] = {}
     start = 0
     bar = tqdm(total=len(clean), desc="measuring", unit="rows", disable=not progress)
     for table in _published(files, batch_size):
         rows = list(range(start, start + len(table)))
         before = cast(pa.Table, plain[start : start + len(table)])
-        _check_others(before.drop_columns([image]), table.drop_columns([image]), start)
+        others = table.drop_columns([image])
+        _check_others(before.drop_columns([image]), others, start)
+        for row in others.to_pylist():
+            other_rows += columns_digest(row)
         old = decode_many(before[image].to_pylist(), where=[f"row {row}" for row in rows])
         new = decode_many(table[image].to_pylist(), where=[f"published row {row}" for row in rows])
         for picture in old:
-            clean_digest.update(digest(picture.pixels))
+            clean_rows += digest(picture.pixels)
         for picture in new:
-            published_digest.update(digest(picture.pixels))
+            published_rows += digest(picture.pixels)
         _update(report, poison, old, new, rows)
         for row in wanted.intersection(rows):
             value = before[label][row - start].as_py() if label else None
@@ -198,14 +201,17 @@ def _measure(
             "image_column": image,
             "label_column": label,
             "classes": list(names) if names else None,
-            "pixels_sha256": clean_digest.hexdigest(),
+            "pixels_sha256": split_digest([clean_rows]),
+            "columns_sha256": split_digest([other_rows]),
         },
         published={
             "rows": start,
             "image_format": poison.image_format,
             "compress_level": poison.compress_level,
-            "pixels_sha256": published_digest.hexdigest(),
-            "files": {f"data/{file.name}": {"sha256": _sha256(file), "bytes": file.stat().st_size} for file in files},
+            "pixels_sha256": split_digest([published_rows]),
+            "files": {
+                f"data/{file.name}": {"sha256": file_digest(file), "bytes": file.stat().st_size} for file in files
+            },
         },
         pixels=pixels,
     )
@@ -264,8 +270,3 @@ def _check_others(before: pa.Table, after: pa.Table, start: int) -> None:
         differ = [i for i, (a, b) in enumerate(zip(old, new, strict=True)) if a != b and repr(a) != repr(b)]
         if differ:
             raise ValueError(f"row {start + differ[0]}: column {name!r} of the published data differs from the source")
-
-
-def _sha256(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()

@@ -18,7 +18,8 @@ class Record:
     Args:
         method: the poison's name; `settings`: its hyper-parameters; neither tells the key.
         key: {"kind": "secret" or "int", "commitment": hash or None}, and "seed" only where the owner asked for it.
-        source: what was protected: name, split, rows, columns, classes, digest of the decoded clean pixels.
+        source: what was protected: name, split, rows, columns, classes, digests (`digests.split_digest`) of the decoded
+            clean pixels and of the other columns.
         published: files with their SHA-256, digest of the decoded published pixels, picture format.
         pixels: what was done to the pixels (`metrics.PixelReport.summary`).
         results: evaluations; empty means not measured.

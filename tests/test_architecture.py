@@ -44,8 +44,9 @@ MAY_IMPORT: dict[str, set[str]] = {
     "victim": {"result", "environment", "recipes", "checkpoint", "defenses", "batches", "training"}
     | {"networks", "images", "keys"},
     "preview": {"images"},
+    "digests": set(),
     "card": {"record"},
-    "protect": {"record", "card", "preview", "metrics", "poisons"} | L0 | L1,
+    "protect": {"digests", "record", "card", "preview", "metrics", "poisons"} | L0 | L1,
     "report": {"record", "result", "surrogate"},
     "probes": {"result", "victim"} | L0 | L1,
     "detection": {"result", "victim", "defenses", "probes"} | L0 | L1,
@@ -53,6 +54,9 @@ MAY_IMPORT: dict[str, set[str]] = {
     "certificate": {"keys"},
     "theory": {"keys"},
     "benchmarks": {"benchmarks", "fitting", "defenses", "poisons"} | L0 | L1,
+    "publishing": {"publishing", "digests", "record", "card", "protect", "preview", "metrics", "poisons", "surrogate"}
+    | L0
+    | L1,
     "evaluation": {"evaluation", "result", "victim", "defenses", "poisons", "record", "report", "card"}
     | {"probes", "detection", "last_layer", "certificate"}
     | L0

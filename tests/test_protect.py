@@ -16,6 +16,7 @@ from datasets import Dataset, Image, load_dataset
 
 from hf_unlearnable import CudaPoison, RandomNoisePoison
 from hf_unlearnable import protect as room
+from hf_unlearnable.digests import columns_digest, split_digest
 from hf_unlearnable.protect import protect
 from hf_unlearnable.record import SCHEMA, Record
 from tests.conftest import ROOT, load_script, make_dataset, noise_pictures, pixels
@@ -47,6 +48,8 @@ def test_the_folder_is_a_dataset_with_a_record_a_picture_and_a_card(small: Datas
     assert record.method == "cuda"
     assert record.source["rows"] == record.published["rows"] == 24
     assert record.source["dataset"] == "somebody/small"
+    shown = [{name: row[name] for name in ("label", "name")} for row in small]
+    assert record.source["columns_sha256"] == split_digest(map(columns_digest, shown))
     assert record.pixels["rows_changed"] == 24
     assert record.results == []
     assert record.key["kind"] == "secret"
