@@ -15,7 +15,7 @@ def columns_digest(row: Mapping[str, Any]) -> bytes:
     return hashlib.blake2b(told.encode(), digest_size=ROW_BYTES).digest()
 
 
-def split_digest(rows: Iterable[bytes]) -> str:
+def split_digest(rows: Iterable[bytes | bytearray]) -> str:
     """SHA-256 (hex) over the digests of all rows in order."""
     state = hashlib.sha256()
     for row in rows:

@@ -1,6 +1,7 @@
 """What was done to the pixels: published uint8 beside clean uint8, picture by picture."""
 
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from functools import lru_cache
 from typing import Any
@@ -15,6 +16,8 @@ from hf_unlearnable.images import Pixels
 
 PSNR_CAP = 100.0
 SSIM_WINDOW = 11
+VALUES_AT_ONCE = 1_000_000
+"""Values of pictures that are measured together: as many as a processor's caches hold."""
 
 
 def psnr(clean: Pixels, poisoned: Pixels) -> Float[Tensor, "b"]:
@@ -85,23 +88,29 @@ class PixelReport:
         Raises:
             ValueError: a row exceeds the budget; names it.
         """
+        few = max(1, VALUES_AT_ONCE // clean[0].numel())
+        for start in range(0, len(rows), few):
+            part = slice(start, start + few)
+            self._update(clean[part], poisoned[part], rows[part], budget)
+
+    def _update(self, clean: Pixels, poisoned: Pixels, rows: list[int], budget: Budget | None) -> None:
         where = [f"row {row}" for row in rows]
         if budget is not None:
             budget.check(clean, poisoned, where)
             self._kept[budget] = self._kept.get(budget, 0) + len(rows)
         difference = poisoned.to(torch.int16) - clean.to(torch.int16)
-        size = difference.abs()
+        size, exact = difference.abs(), difference.double().flatten(1)
         changed = size != 0
         self._values += size.numel()
-        self._changed_values += int(changed.sum())
+        self._changed_values += int(changed.count_nonzero())
         if budget is not None and budget.norm == "linf":
-            self._at_bound += int((size == math.floor(budget.epsilon * 255 + 1e-6)).sum())
-        self._clipped += int((changed & ((poisoned == 0) | (poisoned == 255))).sum())
+            self._at_bound += int((size == math.floor(budget.epsilon * 255 + 1e-6)).count_nonzero())
+        self._clipped += int((changed & ((poisoned == 0) | (poisoned == 255))).count_nonzero())
         self._add("row", np.asarray(rows))
         self._add("linf_levels", size.flatten(1).amax(1).numpy())
-        self._add("l2", (difference.double().flatten(1).norm(dim=1) / 255).numpy())
-        self._add("l0_pixels", changed.any(1).flatten(1).sum(1).numpy())
-        self._add("mean_shift_levels", difference.double().flatten(1).mean(1).numpy())
+        self._add("l2", (exact.norm(dim=1) / 255).numpy())
+        self._add("l0_pixels", changed.any(1).flatten(1).count_nonzero(dim=1).numpy())
+        self._add("mean_shift_levels", exact.mean(1).numpy())
         picked = [i for i, row in enumerate(rows) if row % self.perceptual_every == 0]
         if picked:
             self._add("psnr_db", psnr(clean[picked], poisoned[picked]).numpy())
@@ -117,7 +126,7 @@ class PixelReport:
         """
         if not self._rows:
             raise ValueError("no pictures were measured")
-        columns = {name: np.concatenate(parts) for name, parts in self._rows.items()}
+        columns = self._in_order()
         rows, seen = columns.pop("row"), columns.pop("perceptual_row", np.empty(0, dtype=int))
         result: dict[str, Any] = {
             "rows": len(rows),
@@ -136,6 +145,46 @@ class PixelReport:
             order = np.argsort(columns["psnr_db"], kind="stable")[:16]
             result["worst_rows_by_psnr"] = seen[order].tolist()
         return result
+
+    def arrays(self) -> dict[str, np.ndarray]:
+        """All that was collected, as arrays for a file (without pickle); `add` takes it back."""
+        budgets = list(self._kept.items())
+        return {
+            **self._in_order(),
+            "counts": np.array([self._values, self._at_bound, self._clipped, self._changed_values], dtype=np.int64),
+            "budget_norm": np.array([budget.norm for budget, _ in budgets], dtype=np.str_),
+            "budget_epsilon": np.array([budget.epsilon for budget, _ in budgets], dtype=np.float64),
+            "budget_kept": np.array([kept for _, kept in budgets], dtype=np.int64),
+        }
+
+    def add(self, arrays: Mapping[str, np.ndarray], first: int = 0) -> None:
+        """What another report of the same `perceptual_every` collected (`arrays`), its rows counted from `first`.
+
+        The summary of reports added in the order of their rows is that of one report over all rows.
+        """
+        left = dict(arrays)
+        values, at_bound, clipped, changed = left.pop("counts").tolist()
+        self._values += values
+        self._at_bound += at_bound
+        self._clipped += clipped
+        self._changed_values += changed
+        budgets = zip(left.pop("budget_norm"), left.pop("budget_epsilon"), left.pop("budget_kept"), strict=True)
+        for norm, epsilon, kept in budgets:
+            budget = Budget(norm=str(norm), epsilon=float(epsilon))  # type: ignore[arg-type]
+            self._kept[budget] = self._kept.get(budget, 0) + int(kept)
+        for name, column in left.items():
+            self._add(name, column + first if name in ("row", "perceptual_row") else column)
+
+    def _in_order(self) -> dict[str, np.ndarray]:
+        """Every measure in the order of the rows, however they were batched."""
+        columns = {name: np.concatenate(parts) for name, parts in self._rows.items()}
+        perceptual = {"perceptual_row", "psnr_db", "ssim"}
+        orders = {
+            name: np.argsort(columns[name], kind="stable") for name in ("row", "perceptual_row") if name in columns
+        }
+        return {
+            name: values[orders["perceptual_row" if name in perceptual else "row"]] for name, values in columns.items()
+        }
 
     def _add(self, name: str, values: np.ndarray) -> None:
         self._rows.setdefault(name, []).append(values)

@@ -4,7 +4,7 @@ import math
 import os
 import re
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, cast
 
@@ -22,6 +22,7 @@ from hf_unlearnable.images import Picture, decode_many, digest
 from hf_unlearnable.keys import commitment
 from hf_unlearnable.metrics import PixelReport
 from hf_unlearnable.poisons.base import Poison
+from hf_unlearnable.poisons.with_surrogate import SurrogatePoison
 from hf_unlearnable.record import Record
 
 SHARD_BYTES = 500_000_000
@@ -43,7 +44,7 @@ def protect(
     record_seed: bool = False,
     progress: bool = True,
 ) -> Record:
-    """Poison a split and write a folder: `data/` (parquet), `record.json`, `preview.png` and a `README.md` card stub.
+    """Poison a split and write a folder: `data/` (parquet), `record.json`, `preview.png` and a `README.md` card.
 
     Everything is made in a hidden folder beside `output`, which takes its place only when all of it has been written,
     read back and measured; after an interruption a further call goes on with the shards that are complete.
@@ -60,7 +61,9 @@ def protect(
             in rows, order, labels or other columns.
     """
     output = Path(os.path.abspath(output))
-    _check_request(dataset, poison, source, split, batch_size)
+    if not len(dataset):
+        raise ValueError(f"expected rows to protect, got an empty split of {source}")
+    check_request(dataset.features, poison, split, batch_size)
     _check_place(output, source, overwrite)
     staging = output.parent / f".{output.name}.partial"
     staging.mkdir(parents=True, exist_ok=True)
@@ -78,7 +81,7 @@ def protect(
         files = _write(poisoned, staging / "data", split, progress)
         record = _measure(dataset, poison, files, source, split, record_seed, staging, progress)
         record.save(staging / "record.json")
-        (staging / "README.md").write_text(card.stub(record))
+        (staging / "README.md").write_text(card.local_page(record))
         del poisoned
         _remove(staging / "cache")
         retired = output.parent / f".{output.name}.retired"
@@ -91,15 +94,14 @@ def protect(
     return record
 
 
-def _check_request(dataset: Dataset, poison: Poison, source: str, split: str, batch_size: int) -> None:
-    if not len(dataset):
-        raise ValueError(f"expected rows to protect, got an empty split of {source}")
+def check_request(features: Mapping[str, Any], poison: Poison, split: str, batch_size: int) -> None:
+    """Refuse what could not be published: a bad split name or batch size, more than one column of pictures."""
     if not re.fullmatch(r"\w+(\.\w+)*", split):
         raise ValueError(f"expected a split name of letters, digits and _, got {split!r}")
     if batch_size < 1:
         raise ValueError(f"expected a batch size of 1 or more, got {batch_size}")
-    image = columns.image_column(dataset.features, poison.image_column)
-    others = [name for name, feature in dataset.features.items() if name != image and columns.holds_pictures(feature)]
+    image = columns.image_column(features, poison.image_column)
+    others = [name for name, feature in features.items() if name != image and columns.holds_pictures(feature)]
     if others:
         raise ValueError(
             f"columns {others} hold pictures too, which would be published as they are: "
@@ -155,7 +157,7 @@ def _measure(
 ) -> Record:
     """Read the published files again, beside the source."""
     image = columns.image_column(clean.features, poison.image_column)
-    label = _label_column(clean, poison)
+    label = label_column(clean.features, poison)
     names = columns.class_names(clean.features, label) if label else None
     wanted = _preview_rows(clean, label)
     plain = clean.with_format("arrow").cast_column(image, Image(decode=False))
@@ -177,7 +179,7 @@ def _measure(
             clean_rows += digest(picture.pixels)
         for picture in new:
             published_rows += digest(picture.pixels)
-        _update(report, poison, old, new, rows)
+        measure(report, poison, old, new, rows)
         for row in wanted.intersection(rows):
             value = before[label][row - start].as_py() if label else None
             name = names[value] if names and value is not None and value >= 0 else f"class {value}" if label else ""
@@ -193,7 +195,7 @@ def _measure(
     return Record(
         method=poison.name,
         settings=poison.settings(),
-        key=_describe_key(poison, record_seed),
+        key=describe_key(poison, record_seed),
         source={
             "dataset": Path(source).name if Path(source).exists() else source,
             "split": split,
@@ -217,19 +219,23 @@ def _measure(
     )
 
 
-def _label_column(dataset: Dataset, poison: Poison) -> str | None:
+def label_column(features: Mapping[str, Any], poison: Poison) -> str | None:
     """The label column; where the poison needs none, None if it cannot be told."""
     try:
-        return columns.label_column(dataset.features, poison.label_column)
+        return columns.label_column(features, poison.label_column)
     except ValueError:
         if poison.needs_labels:
             raise
         return None
 
 
-def _describe_key(poison: Poison, record_seed: bool) -> dict[str, Any]:
+def describe_key(poison: Poison, record_seed: bool) -> dict[str, Any]:
+    """What a record tells of the key: never the key; an int seed only on request."""
     kind = "int" if isinstance(poison.seed, int) else "secret"
-    described = {"kind": kind, "commitment": commitment(poison.seed)}
+    described: dict[str, Any] = {"kind": kind, "commitment": commitment(poison.seed)}
+    if isinstance(poison, SurrogatePoison) and poison.drawn_from_surrogate:
+        trained = poison.surrogate.provenance.get("seed") if poison.surrogate else None
+        described["surrogate"] = "an int seed" if isinstance(trained, int) else "a secret"
     return {**described, "seed": poison.seed} if record_seed and kind == "int" else described
 
 
@@ -241,7 +247,12 @@ def _preview_rows(dataset: Dataset, label: str | None) -> set[int]:
     return set(first[:PREVIEW_ROWS].tolist())
 
 
-def _update(report: PixelReport, poison: Poison, old: list[Picture], new: list[Picture], rows: list[int]) -> None:
+def measure(report: PixelReport, poison: Poison, old: list[Picture], new: list[Picture], rows: list[int]) -> None:
+    """Add a batch to the report: clean and published pictures of these rows of the split.
+
+    Raises:
+        ValueError: a row over budget, or whose shape or transparency differs; names it.
+    """
     sizes: dict[torch.Size, list[int]] = {}
     for i, (before, after) in enumerate(zip(old, new, strict=True)):
         if before.pixels.shape != after.pixels.shape:

@@ -260,7 +260,7 @@ class Transform:
             ]
         pictures = decode_many(values, where=where)
         mask = self.chosen(pictures, checked) if chosen is None else chosen
-        changed = self._on_pictures(pictures, checked, mask, where)
+        changed = self.change_pictures(pictures, checked, mask, where)
         if as_pictures or (type(example) is dict and values and not isinstance(values[0], dict | bytes)):
             stored: list[Any] = [to_pil(picture) for picture in changed]
         elif is_batch:
@@ -273,9 +273,14 @@ class Transform:
             result[_CHECK_COLUMN] = [picture_digest(picture) for picture in changed]
         return result
 
-    def _on_pictures(
+    def change_pictures(
         self, pictures: list[Picture], labels: list[int] | None, mask: np.ndarray, where: Sequence[str]
     ) -> list[Picture]:
+        """Decoded pictures of any sizes: those of the mask changed, the others as they are.
+
+        Args:
+            where: what each row is called in errors.
+        """
         changed = list(pictures)
         sizes: dict[torch.Size, list[int]] = {}
         for row in np.flatnonzero(mask).tolist():

@@ -45,7 +45,9 @@ MAY_IMPORT: dict[str, set[str]] = {
     | {"networks", "images", "keys"},
     "preview": {"images"},
     "digests": set(),
-    "card": {"record"},
+    "card": {"record", "papers", "reported", "surrogate"},
+    "papers": set(),
+    "reported": set(),
     "protect": {"digests", "record", "card", "preview", "metrics", "poisons"} | L0 | L1,
     "report": {"record", "result", "surrogate"},
     "probes": {"result", "victim"} | L0 | L1,
@@ -54,11 +56,13 @@ MAY_IMPORT: dict[str, set[str]] = {
     "certificate": {"keys"},
     "theory": {"keys"},
     "benchmarks": {"benchmarks", "fitting", "defenses", "poisons"} | L0 | L1,
-    "publishing": {"publishing", "digests", "record", "card", "protect", "preview", "metrics", "poisons", "surrogate"}
+    "sharding": {"sharding", "digests", "record", "card", "protect", "preview", "metrics", "poisons"} | L0 | L1,
+    "publishing": {"publishing", "digests", "papers", "record", "card", "protect", "preview", "metrics", "poisons"}
+    | {"surrogate"}
     | L0
     | L1,
     "evaluation": {"evaluation", "result", "victim", "defenses", "poisons", "record", "report", "card"}
-    | {"probes", "detection", "last_layer", "certificate"}
+    | {"probes", "detection", "last_layer", "certificate", "reported"}
     | L0
     | L1,
 }

@@ -1,3 +1,5 @@
+import io
+import tarfile
 from pathlib import Path
 
 import numpy as np
@@ -6,6 +8,7 @@ import pytest
 from datasets import Dataset, DatasetDict
 
 from hf_unlearnable import demo, sources
+from hf_unlearnable.images import decode
 from tests.conftest import noise_pictures, pixels
 
 
@@ -94,3 +97,93 @@ def test_no_hub(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(datasets.config, "HF_HUB_OFFLINE", True)
     with pytest.raises(FileNotFoundError, match="neither a path here nor a dataset"):
         sources.load_split("nobody/nothing-at-all")
+
+
+# Streams.
+
+
+def in_files(small: Dataset, folder: Path) -> Path:
+    for i, (start, stop) in enumerate(((0, 7), (7, 15), (15, 24))):
+        small.select(range(start, stop)).to_parquet(folder / f"train-{i}.parquet")
+    return folder
+
+
+def shown(stream: sources.Stream, column: str, *where: int) -> np.ndarray:
+    return np.stack([decode(row[column]).pixels.permute(1, 2, 0).numpy() for row in stream.read(*where)])
+
+
+def test_a_stream_of_parquet_begins_at_any_row(small: Dataset, tmp_path: Path) -> None:
+    folder = in_files(small, tmp_path / "photos")
+    stream = sources.stream_split(folder)
+    assert (stream.kind, stream.split, stream.count()) == ("parquet", "train", [7, 8, 9])
+    assert stream.features["label"] == small.features["label"]
+    expected = pixels(small)
+    for where, rows in (((0, 3), (0, 24)), ((0, 3, 5, 4), (5, 9)), ((1, 2), (7, 15)), ((1, 3, 7, 3), (14, 17))):
+        assert np.array_equal(shown(stream, "img", *where), expected[slice(*rows)])
+    (tmp_path / "moved").mkdir()
+    folder.rename(tmp_path / "moved" / "photos")
+    assert sources.stream_split(tmp_path / "moved" / "photos").identity == stream.identity
+    small.select(range(3)).to_parquet(tmp_path / "moved" / "photos" / "train-1.parquet")
+    assert sources.stream_split(tmp_path / "moved" / "photos").identity != stream.identity
+
+
+def test_a_stream_of_what_is_there(small: Dataset, tmp_path: Path) -> None:
+    small.save_to_disk(tmp_path / "saved")
+    small.to_parquet(tmp_path / "one.parquet")
+    for source, kind in ((tmp_path / "saved", "dataset"), (tmp_path / "one.parquet", "parquet")):
+        stream = sources.stream_split(source)
+        assert (stream.kind, stream.count()) == (kind, [24])
+        assert np.array_equal(shown(stream, "img", 0, 1, 3, 5), pixels(small)[3:8])
+    assert sources.stream_split("demo", "test").count() == [1000]
+
+
+def test_a_stream_of_a_folder_of_pictures(tmp_path: Path) -> None:
+    for i, picture in enumerate(noise_pictures(6)):
+        folder = tmp_path / "photos" / ("cat" if i % 2 else "dog")
+        folder.mkdir(parents=True, exist_ok=True)
+        PIL.Image.fromarray(picture).save(folder / f"{i}.png")
+    stream = sources.stream_split(tmp_path / "photos")
+    assert (stream.kind, stream.count()) == ("imagefolder", [6])
+    whole = sources.load_split(tmp_path / "photos")
+    assert np.array_equal(shown(stream, "image", 0, 1, 2), pixels(whole, "image")[2:])
+    assert [row["label"] for row in stream.read(0, 1)] == whole["label"][:]
+    (tmp_path / "photos" / "cat").rename(tmp_path / "photos" / "test")
+    with pytest.raises(ValueError, match="holds 6 pictures, but 3 were read"):
+        sources.stream_split(tmp_path / "photos")
+
+
+def test_a_stream_of_archives(tmp_path: Path) -> None:
+    pictures = noise_pictures(5)
+    (tmp_path / "tars").mkdir()
+    for name, rows in (("a", (0, 1, 2)), ("b", (3, 4))):
+        with tarfile.open(tmp_path / "tars" / f"{name}.tar", "w") as archive:
+            for file in ("folder/", ".hidden.png"):
+                archive.addfile(tarfile.TarInfo(file))
+            for row in rows:
+                buffer = io.BytesIO()
+                PIL.Image.fromarray(pictures[row]).save(buffer, "PNG")
+                for suffix, data in (("png", buffer.getvalue()), ("cls", str(row).encode())):
+                    member = tarfile.TarInfo(f"folder/{row}.{suffix}")
+                    member.size = len(data)
+                    archive.addfile(member, io.BytesIO(data))
+    stream = sources.stream_split(tmp_path / "tars")
+    assert (stream.kind, stream.count()) == ("webdataset", [3, 2])
+    assert list(stream.features) == ["png", "cls", "__key__"]
+    assert np.array_equal(shown(stream, "png", 0, 2, 1), pictures[1:])
+    assert [row["cls"] for row in stream.read(1, 2)] == [3, 4]
+    assert sources.stream_split(tmp_path / "tars" / "b.tar").count() == [2]
+
+
+def test_streams_that_are_not_there(small: Dataset, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    import datasets.config
+
+    with pytest.raises(FileNotFoundError, match="there is no ./nowhere"):
+        sources.stream_split("./nowhere")
+    (tmp_path / "a.csv").write_text("a,b\n")
+    with pytest.raises(ValueError, match=r"a folder, a .parquet or a .tar file"):
+        sources.stream_split(tmp_path / "a.csv")
+    with pytest.raises(ValueError, match=r"expected split 'trian' .*; did you mean 'train'"):
+        sources.stream_split(in_files(small, tmp_path / "photos"), "trian")
+    monkeypatch.setattr(datasets.config, "HF_HUB_OFFLINE", True)
+    with pytest.raises(FileNotFoundError, match="neither a path here nor a dataset"):
+        sources.stream_split("nobody/nothing-at-all")

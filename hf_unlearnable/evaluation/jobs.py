@@ -16,9 +16,9 @@ from hf_unlearnable.checkpoint import OtherRun
 from hf_unlearnable.defenses.fresh import EachStep
 from hf_unlearnable.evaluation.arms import Arm, Rows
 from hf_unlearnable.evaluation.attackers import Attacker
-from hf_unlearnable.evaluation.reported import reported
 from hf_unlearnable.networks import create_network
 from hf_unlearnable.recipes import changed, recipe
+from hf_unlearnable.reported import reported
 from hf_unlearnable.result import Result
 from hf_unlearnable.training import Unfinished
 from hf_unlearnable.victim import train

@@ -184,7 +184,7 @@ def _note(folder: Path, told: Verdict, found: Sequence[Cell], setting: dict[str,
     with FileLock(folder.parent / f".{folder.name}.note.lock"):
         record = Record.load(folder / "record.json")
         page = folder / "README.md"
-        ours = not page.exists() or page.read_text() == card.stub(record)
+        ours = not page.exists() or page.read_text() == card.local_page(record)
         entry = {"setting": {**setting, "seeds": list(setting["seeds"])}, **asdict(told)}
         entry["cells"] = [asdict(cell) for cell in found]
         same = ("dataset", "train_rows", "backbone", "recipe")
@@ -196,7 +196,7 @@ def _note(folder: Path, told: Verdict, found: Sequence[Cell], setting: dict[str,
         record.results[:] = [*(one for one in record.results if not outdone(one)), entry]
         record.save(folder / "record.json")
         if ours:
-            page.write_text(card.stub(record))
+            page.write_text(card.local_page(record))
 
 
 def _record(path: str) -> Record:

@@ -55,7 +55,7 @@ class SurrogatePoison(Poison):
     def __post_init__(self) -> None:
         known = self.surrogate
         if self.seed == b"":
-            object.__setattr__(self, "seed", 0 if known is None else subkey(known.secret(), "surrogate poison"))
+            object.__setattr__(self, "seed", 0 if known is None else _derived(known))
         if known is not None:
             if known.method != self.name:
                 raise ValueError(f"expected a surrogate for {self.name!r}, got one for {known.method!r}")
@@ -78,6 +78,11 @@ class SurrogatePoison(Poison):
         raise TypeError(f"{type(self).__name__} does not say how it perturbs")
 
     # Final.
+
+    @property
+    def drawn_from_surrogate(self) -> bool:
+        """Whether the seed is the secret that follows from the surrogate."""
+        return self.surrogate is not None and self.seed == _derived(self.surrogate)
 
     @classmethod
     def from_surrogate(cls: type[P], source: Surrogate | str | Path, *, seed: Key | None = None, **changes: Any) -> P:
@@ -252,6 +257,10 @@ class SurrogatePoison(Poison):
                 f"{where}: expected the classes of the surrogate in its order, got {names[first]!r} as class {first} "
                 f"in place of {known.classes[first]!r}"
             )
+
+
+def _derived(surrogate: Surrogate) -> bytes:
+    return subkey(surrogate.secret(), "surrogate poison")
 
 
 def _value(value: Any) -> Any:

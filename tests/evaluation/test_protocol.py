@@ -11,8 +11,8 @@ from datasets import load_dataset
 from hf_unlearnable.evaluation.attackers import Suite, suite
 from hf_unlearnable.evaluation.jobs import Job, Outcome
 from hf_unlearnable.evaluation.protocol import plan, protected_arms, report
-from hf_unlearnable.evaluation.reported import reported
 from hf_unlearnable.record import Record
+from hf_unlearnable.reported import reported
 from tests.evaluation.test_findings import result
 
 

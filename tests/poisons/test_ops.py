@@ -221,7 +221,7 @@ def test_wrong_arguments(wrong: dict) -> None:
 
 def test_transparency_is_carried_over(poison: OpsPoison) -> None:
     alpha = torch.full((7, 10), 9, dtype=torch.uint8)
-    changed = poison._on_pictures(
+    changed = poison.change_pictures(
         [Picture(torch.zeros(3, 7, 10, dtype=torch.uint8), alpha)], [1], np.ones(1, bool), [""]
     )
     assert torch.equal(changed[0].alpha, alpha)  # type: ignore[arg-type]

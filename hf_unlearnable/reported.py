@@ -92,3 +92,12 @@ def reported(dataset: str, label: str, attacker: str) -> dict[str, Any] | None:
     if found is None or not re.search(r"cifar[-_]?10(?!0)", dataset.lower()):
         return None
     return {"test_accuracy": round(found[0] / 100, 4), "setting": "CIFAR-10, ResNet-18", "source": found[1]}
+
+
+def known(label: str) -> list[dict[str, Any]]:
+    """Everything read about a method on CIFAR-10 with ResNet-18, the most learnable first; empty where nothing was."""
+    found = [(value, attacker, source) for (name, attacker), (value, source) in _CIFAR10.items() if name == label]
+    return [
+        {"attacker": attacker, "test_accuracy": round(value / 100, 4), "source": source}
+        for value, attacker, source in sorted(found, reverse=True)
+    ]
