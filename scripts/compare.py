@@ -9,7 +9,8 @@ its options (`--suite`, `--attackers erm` for plain training alone, `--seeds` of
 `--max-minutes`). The same command goes on after an interruption; poisons and seeds may be added later.
 
 Surrogates are trained on the same rows with the small budgets below (`SURROGATES`): they are for two CPU cores, not the
-papers'. Besides the poisons by name there is `cuda-universal` (one filter for all classes: should hurt little).
+papers'; `--budget paper` takes the papers' settings and recipes instead (on a GPU). Besides the poisons by name there
+is `cuda-universal` (one filter for all classes: should hurt little).
 
 `--checks` trains a plain victim on each `cuda` dataset and tests it on the test pictures under their class's filter
 (should be near 100 %) and under the next class's (near 0): the CUDA paper, section 5.2.
@@ -20,6 +21,7 @@ import json
 import statistics
 import subprocess
 import sys
+import time
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -38,6 +40,7 @@ from hf_unlearnable.networks import create_network
 from hf_unlearnable.protect import protect
 from hf_unlearnable.recipes import changed, recipe
 from hf_unlearnable.record import Record
+from hf_unlearnable.training import Unfinished
 from hf_unlearnable.victim import evaluate, train
 
 ROBUST: dict[str, Any] = {
@@ -75,6 +78,10 @@ SURROGATES: dict[str, tuple[hu.SurrogatePoison, dict[str, Any]]] = {
     ),
     "pil": (hu.PilPoison(), {"epochs": 147}),
 }
+PAPER: dict[str, hu.SurrogatePoison] = {
+    "em-classwise": hu.EmPoison(mode="classwise"),
+    "min-max-min-without-dar": hu.MinMaxMinPoison(dar="none"),
+}
 WITHOUT: dict[str, type[hu.Poison]] = {
     "cuda": hu.CudaPoison,
     "lsp": hu.LspPoison,
@@ -98,6 +105,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--rows", type=int, default=10_000, help="training rows, class by class (default: 10000)")
     parser.add_argument("--poisons", nargs="+", default=list(POISONS), choices=POISONS, help="default: all")
     parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1], help="of the poisons (default: 0 1)")
+    parser.add_argument("--budget", choices=("small", "paper"), default="small", help="of the surrogates")
+    parser.add_argument("--max-minutes", type=float, help="stop after this time; the same command goes on")
     parser.add_argument("--backbone", default="tiny", help="of the surrogates (default: tiny)")
     parser.add_argument("--checks", action="store_true", help="the CUDA paper's checks")
     parser.add_argument("--output", type=Path, required=True, help="folder for everything")
@@ -115,13 +124,18 @@ def run(arguments: argparse.Namespace, options: list[str]) -> int:
     columns.check_labels(training.with_format("arrow")[label], columns.class_names(training.features, label), label)
     kept = stratified_rows(torch.tensor(training[label]), min(arguments.rows, len(training)), key=0)
     training = training.select(kept.tolist())
+    until = None if arguments.max_minutes is None else time.monotonic() + 60 * arguments.max_minutes
     protected, wanted = [], pixels_sha256(Batches.load(training, progress=False))
     for seed in arguments.seeds:
         for name in arguments.poisons:
             folder = arguments.output / "protected" / f"{name}-{seed}"
             if not folder.exists():
                 print(f"{name}, seed {seed}", flush=True)
-                poison = poison_of(name, training, seed, arguments)
+                try:
+                    poison = poison_of(name, training, seed, arguments, until)
+                except Unfinished:
+                    print("out of time; the same command goes on")
+                    return 75
                 source = arguments.dataset
                 protect(training, poison, folder, source=source, split=arguments.train_split, record_seed=True)
             if Record.load(folder / "record.json").source["pixels_sha256"] != wanted:
@@ -139,12 +153,14 @@ def run(arguments: argparse.Namespace, options: list[str]) -> int:
         "--output",
         str(arguments.output / "evaluation"),
     ]
+    if until is not None:
+        command += ["--max-minutes", f"{max(0.05, (until - time.monotonic()) / 60):.2f}"]
     return subprocess.call([*command, *options])
 
 
-def poison_of(name: str, dataset: Dataset, seed: int, arguments: argparse.Namespace) -> hu.Poison:
+def poison_of(name: str, dataset: Dataset, seed: int, arguments: argparse.Namespace, until: float | None) -> hu.Poison:
     if name in SURROGATES:
-        return trained(name, dataset, seed, arguments)
+        return trained(name, dataset, seed, arguments, until)
     if name == "ops":
         return hu.OpsPoison.fit(dataset, seed=seed)
     classes = len(columns.class_names(dataset.features, columns.label_column(dataset.features)) or ()) or None
@@ -152,8 +168,10 @@ def poison_of(name: str, dataset: Dataset, seed: int, arguments: argparse.Namesp
     return replace(poison, mode="universal") if name == "cuda-universal" else poison  # type: ignore[call-arg]
 
 
-def trained(name: str, dataset: Dataset, seed: int, arguments: argparse.Namespace) -> hu.Poison:
+def trained(name: str, dataset: Dataset, seed: int, arguments: argparse.Namespace, until: float | None) -> hu.Poison:
     poison, changes = SURROGATES[name]
+    if arguments.budget == "paper":
+        poison, changes = PAPER.get(name, type(poison)()), {}
     path = arguments.output / "surrogates" / f"{name}-{seed}.safetensors"
     checkpoint = path.with_name(f"{name}-{seed}.checkpoint.safetensors")
     if not path.exists():
@@ -164,6 +182,7 @@ def trained(name: str, dataset: Dataset, seed: int, arguments: argparse.Namespac
             recipe=changed(poison.recipe, **changes),
             backbone=None if poison.backbone in ("linear", "none") else arguments.backbone,
             checkpoint=checkpoint,
+            max_minutes=None if until is None else max(0.05, (until - time.monotonic()) / 60),
             source=Path(arguments.dataset).name,
         )
         surrogate.save(path)
