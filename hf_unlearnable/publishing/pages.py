@@ -1,0 +1,81 @@
+"""README.md of a repository: our part between marks, everything else as its owner wrote it."""
+
+import re
+from collections.abc import Mapping
+from typing import Any
+
+import yaml
+
+_FRONT = re.compile(r"\A\s*---[ \t]*\r?\n(.*?)(?:\r?\n)?---[ \t]*(?:\r?\n|\Z)", re.DOTALL)
+UNFINISHED = "**Not finished.**"
+
+
+def split(readme: str) -> tuple[dict[str, Any], str]:
+    """Front matter and text.
+
+    Raises:
+        ValueError: front matter that is no YAML mapping.
+    """
+    found = _FRONT.match(readme)
+    if found is None:
+        return {}, readme
+    try:
+        data = yaml.safe_load(found[1]) or {}
+    except yaml.YAMLError as error:
+        raise ValueError(f"README.md: expected front matter in YAML, got {error}") from error
+    if not isinstance(data, dict):
+        raise ValueError(f"README.md: expected a mapping as front matter, got {type(data).__name__}")
+    return data, readme[found.end() :]
+
+
+def join(data: Mapping[str, Any], text: str) -> str:
+    """A README.md of front matter and text."""
+    front = yaml.safe_dump(dict(data), sort_keys=False, allow_unicode=True)
+    return f"---\n{front}---\n\n{text.lstrip()}"
+
+
+def put(readme: str | None, config: str, page: str, front: Mapping[str, Any]) -> str:
+    """The README with the part of one configuration put in, or replaced; other text and metadata are kept.
+
+    Values of the front matter that are already there win, but for the lists of `tags`, `task_categories` and
+    `size_categories`, to which ours are added.
+
+    Raises:
+        ValueError: front matter that is no YAML mapping, or an opening mark without its end.
+    """
+    data, text = split(readme or "")
+    for name, value in front.items():
+        if isinstance(value, list):
+            own = data.get(name) or []
+            own = own if isinstance(own, list) else [own]
+            data[name] = [*own, *(one for one in value if one not in own)]
+        else:
+            data.setdefault(name, value)
+    begin, end = _marks(config)
+    part = f"{begin}\n{page.strip()}\n{end}"
+    if begin not in text:
+        last = max((found.end() for found in re.finditer(r"<!-- end of hf_unlearnable: \S+ -->", text)), default=None)
+        text = f"{text.rstrip()}\n\n{part}\n" if last is None else f"{text[:last]}\n\n{part}{text[last:]}"
+    else:
+        start = text.index(begin)
+        if (stop := text.find(end, start)) < 0:
+            raise ValueError(f"README.md: {begin!r} without {end!r}: put the end back, or take the beginning out")
+        text = text[:start] + part + text[stop + len(end) :]
+    return join(data, text)
+
+
+def part_of(readme: str, config: str) -> str | None:
+    """Our part for one configuration, or None."""
+    begin, end = _marks(config)
+    start, stop = readme.find(begin), readme.find(end)
+    return readme[start + len(begin) : stop].strip() if 0 <= start < stop else None
+
+
+def finished(readme: str, config: str) -> bool:
+    """Whether the part of a configuration is there and does not say that it is being published."""
+    part = part_of(readme, config)
+    return part is not None and UNFINISHED not in part
+
+
+def _marks(config: str) -> tuple[str, str]:
+    return f"<!-- hf_unlearnable: {config} -->", f"<!-- end of hf_unlearnable: {config} -->"

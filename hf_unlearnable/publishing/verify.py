@@ -1,0 +1,268 @@
+"""Verify what is published: is it whole, is it what its record says, whose is it?"""
+
+import hmac
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal, cast
+
+import numpy as np
+import torch
+from datasets import Dataset, Image
+from tqdm.auto import tqdm
+
+from hf_unlearnable import columns
+from hf_unlearnable.digests import file_digest
+from hf_unlearnable.images import Picture, decode_many
+from hf_unlearnable.keys import Key, commitment
+from hf_unlearnable.poisons.base import Poison
+from hf_unlearnable.poisons.with_surrogate import SurrogatePoison
+from hf_unlearnable.publishing import ownership, pages
+from hf_unlearnable.publishing.gate import CHECKS
+from hf_unlearnable.publishing.hub import Repository
+from hf_unlearnable.publishing.push import README, read_record
+from hf_unlearnable.publishing.readback import Rows, rows_of
+from hf_unlearnable.publishing.rebuild import rebuild
+from hf_unlearnable.publishing.record_checks import disagreements, lacking
+from hf_unlearnable.publishing.row_checks import check_rows
+from hf_unlearnable.record import Record
+
+SAME_VALUES = 0.99
+"""Of a method with a surrogate: the share of values that must be recomputed exactly (its arithmetic may differ in the
+last bits between machines)."""
+FALSE_POSITIVES = 1e-6
+
+Status = Literal["passed", "failed", "not checked"]
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """One check: its name, how it went, and what was found."""
+
+    name: str
+    status: Status
+    detail: str
+
+
+def verify(
+    source: Repository | Path,
+    *,
+    config: str = "default",
+    clean: Dataset | None = None,
+    key: Key | None = None,
+    surrogate: str | Path | None = None,
+    decoys: int = 1_000_000,
+    batch_size: int = 500,
+    progress: bool = True,
+) -> list[Outcome]:
+    """Check a published dataset (or a protected folder) against its record, the clean rows and a key, where given.
+
+    With the clean rows and the key (or the surrogate that the key was drawn from) the poison is recomputed and compared
+    pixel by pixel. With the key alone, `ownership.prove` tests whether the pictures carry this key's perturbation.
+
+    Args:
+        decoys: see `ownership.prove`.
+        batch_size: pictures held at a time.
+
+    Raises:
+        FileNotFoundError: there is no record, and so nothing to check against.
+        HubError: the Hub cannot be reached, there is no such repository.
+        ValueError: a record of a newer schema; a key that is none.
+    """
+    done: list[Outcome] = []
+    if isinstance(source, Repository):
+        source = Repository(source.repo_id, source.kind, source.commit_id(), source.token)
+        record = read_record(source, config)
+        if record is None:
+            raise FileNotFoundError(f"{source.repo_id}: no results/{config}/record.json, so there is nothing to check")
+        whole = pages.finished(source.text(README) or "", config)
+        done.append(_outcome("finished", whole, "the card says so", "its publication was begun, and not finished"))
+        files = {name: lambda name=name: cast(Repository, source).download(name) for name in _named(record)}
+    else:
+        record = Record.load(source / "record.json")
+        files = {name: lambda name=name: cast(Path, source) / name for name in _named(record)}
+    if wrong := [*lacking(record)] or [*disagreements(record)]:
+        return [*done, Outcome("record", "failed", "; ".join(wrong))]
+    done.append(Outcome("record", "passed", "complete, and of one mind"))
+    paths, outcome = _files(files, record)
+    done.append(outcome)
+    if outcome.status == "passed":
+        done += _rows(paths, record, clean, batch_size, progress)
+    if key is not None:
+        done.append(_commitment(record, key))
+    if key is not None or surrogate is not None:
+        if outcome.status == "passed":
+            done.append(_whose(paths, record, clean, key, surrogate, decoys, batch_size, progress))
+    else:
+        done.append(Outcome("owner", "not checked", "give the key (or the surrogate) to prove whose it is"))
+    return done
+
+
+def recognise(
+    dataset: Dataset,
+    record: Record,
+    key: Key,
+    *,
+    surrogate: str | Path | None = None,
+    original_size: tuple[int, int] | None = None,
+    decoys: int = 1_000_000,
+    batch_size: int = 500,
+    progress: bool = True,
+) -> ownership.Proof:
+    """Whether pictures that somebody else shows carry the perturbation that a record of one's own tells of.
+
+    Args:
+        dataset: pictures and labels; the labels must number the classes as the record does.
+        original_size: height and width at which they were published, if they were resized since.
+
+    Raises:
+        ownership.Unprovable: a method without such a test; too few classes.
+        ValueError: no such columns, other class names than the record's, an unreadable picture.
+    """
+    poison = rebuild(record, key, surrogate=surrogate)
+    image = columns.image_column(dataset.features, None)
+    label = columns.label_column(dataset.features, None)
+    names, told = columns.class_names(dataset.features, label), record.source["classes"]
+    if names is not None and told is not None and list(names) != told:
+        raise ValueError(f"expected the classes of the record in their order, {told}, got {list(names)}")
+    plain = dataset.with_format(None).cast_column(image, Image(decode=False))
+
+    def batches() -> Iterator[tuple[list[Picture], list[int]]]:
+        for start in range(0, len(plain), batch_size):
+            batch = plain[start : start + batch_size]
+            where = [f"row {start + i}" for i in range(len(batch[label]))]
+            labels = [columns.check_label(value, at, label) for value, at in zip(batch[label], where, strict=True)]
+            yield decode_many(batch[image], where=where), labels
+
+    return ownership.prove(batches(), poison, decoys=decoys, original_size=original_size, progress=progress)
+
+
+def judged(proof: ownership.Proof) -> Outcome:
+    """A proof as an outcome: passed where a key chosen blindly does as well at most once in a million."""
+    told = (
+        f"p = {proof.p_value:.2g} that a key chosen without looking at these {proof.rows:,} pictures fits them as well "
+        f"({proof.decoys:,} decoys, {proof.classes} classes)"
+    )
+    more = f"; {'; '.join(proof.notes)}" if proof.notes else ""
+    return Outcome("owner", "passed" if proof.p_value <= FALSE_POSITIVES else "failed", told + more)
+
+
+def _outcome(name: str, good: bool, passed: str, failed: str) -> Outcome:
+    return Outcome(name, "passed" if good else "failed", passed if good else failed)
+
+
+def _named(record: Record) -> list[str]:
+    files = record.published.get("files") if isinstance(record.published, dict) else None
+    return list(files) if isinstance(files, dict) else []
+
+
+def _files(files: dict, record: Record) -> tuple[list[Path], Outcome]:
+    paths: list[Path] = []
+    for name, get in files.items():
+        try:
+            path = get()
+        except FileNotFoundError:
+            return paths, Outcome("files", "failed", f"{name} is missing")
+        if not path.is_file():
+            return paths, Outcome("files", "failed", f"{name} is missing")
+        wanted = record.published["files"][name]["sha256"]
+        if (got := file_digest(path)) != wanted:
+            return paths, Outcome("files", "failed", f"{name}: expected SHA-256 {wanted}, got {got}")
+        paths.append(path)
+    return paths, Outcome("files", "passed", f"{len(paths)} parquet files with the SHA-256 of the record")
+
+
+def _rows(
+    paths: Sequence[Path], record: Record, clean: Dataset | None, batch_size: int, progress: bool
+) -> list[Outcome]:
+    """The gate's checks of rows, one outcome for each."""
+    found = check_rows(paths, record, clean, progress=progress, batch_size=batch_size)
+    beside = {"source", "unchanged", "budget"}
+    done = []
+    for check in (check for check in CHECKS if check.name not in ("record", "key", "files")):
+        problems = [finding.problem for finding in found if finding.check == check.name]
+        if problems:
+            done.append(Outcome(check.name, "failed", "; ".join(problems)))
+        elif check.name in beside and clean is None:
+            done.append(Outcome(check.name, "not checked", "agrees with the record; give the clean rows to compare"))
+        else:
+            done.append(Outcome(check.name, "passed", check.meaning))
+    return done
+
+
+def _commitment(record: Record, key: Key) -> Outcome:
+    told = record.key["commitment"]
+    if told is None:
+        return Outcome("commitment", "not checked", "the record commits to no key: it was made under an int seed")
+    got = commitment(key)
+    good = got is not None and hmac.compare_digest(got, told)
+    return _outcome("commitment", good, "the record commits to this key", "the record commits to another key")
+
+
+def _whose(
+    paths: Sequence[Path],
+    record: Record,
+    clean: Dataset | None,
+    key: Key | None,
+    surrogate: str | Path | None,
+    decoys: int,
+    batch_size: int,
+    progress: bool,
+) -> Outcome:
+    try:
+        poison = rebuild(record, key, surrogate=surrogate, clean=clean)
+    except ValueError as error:
+        return Outcome("owner", "not checked", str(error))
+    rows = rows_of(paths, record.source["image_column"], batch_size)
+    if clean is not None:
+        return _recomputed(rows, record, clean, poison, progress)
+    label = record.source["label_column"]
+    if label is None:
+        return Outcome("owner", "not checked", "without labels, this takes the clean rows")
+    try:
+        proof = ownership.prove(
+            ((some.pictures, some.labels(label)) for some in rows), poison, decoys=decoys, progress=progress
+        )
+    except ownership.Unprovable as error:
+        return Outcome("owner", "not checked", str(error))
+    return judged(proof)
+
+
+def _recomputed(rows: Iterator[Rows], record: Record, clean: Dataset, poison: Poison, progress: bool) -> Outcome:
+    """Every published picture against the recomputed one, or (where not all were to be changed) the clean one."""
+    image, label = record.source["image_column"], record.source["label_column"]
+    plain = clean.with_format(None).cast_column(image, Image(decode=False))
+    learns = isinstance(poison, SurrogatePoison)
+    bad: list[int] = []
+    equal = values = changed = 0
+    for some in tqdm(rows, desc="recomputing", unit="x500 rows", disable=not progress):
+        stop = some.start + len(some.pictures)
+        batch = plain[some.start : stop]
+        where = [f"clean row {row}" for row in range(some.start, stop)]
+        before = decode_many(batch[image], where=where)
+        labels = list(batch[label]) if label is not None and poison.needs_labels else None
+        eligible = np.ones(len(before), bool)
+        if poison.classes is not None and labels is not None:
+            eligible = np.isin(labels, poison.classes)
+        after = poison.change_pictures(before, labels, eligible, where)
+        for row, (published, old, new) in enumerate(zip(some.pictures, before, after, strict=True), some.start):
+            if poison.poison_rate < 1 and _same(published, old):
+                continue
+            if published.pixels.shape != new.pixels.shape:
+                bad.append(row)
+                continue
+            same = int((published.pixels == new.pixels).sum())
+            equal, values, changed = equal + same, values + new.pixels.numel(), changed + 1
+            if same < (SAME_VALUES * new.pixels.numel() if learns else new.pixels.numel()):
+                bad.append(row)
+    share = f"{100 * equal / values:.4g} % of the values" if values else "none"
+    if changed == 0:
+        return Outcome("owner", "failed", "no picture differs from the clean one: nothing to recognise")
+    if bad:
+        shown = ", ".join(map(str, bad[:5])) + (f" and {len(bad) - 5} more" if len(bad) > 5 else "")
+        return Outcome("owner", "failed", f"the recomputed pictures differ at rows {shown} ({share} are equal)")
+    return Outcome("owner", "passed", f"{changed:,} pictures recomputed from the clean ones: {share} are equal")
+
+
+def _same(one: Picture, other: Picture) -> bool:
+    return one.pixels.shape == other.pixels.shape and torch.equal(one.pixels, other.pixels)

@@ -1,0 +1,185 @@
+"""Verification: whole or not, altered or not, whose: of a folder and of what was published."""
+
+import io
+import json
+from pathlib import Path
+
+import pytest
+from datasets import Dataset
+
+from hf_unlearnable import ArPoison, CudaPoison, OpsPoison, PilPoison, RandomNoisePoison, Surrogate
+from hf_unlearnable.batches import Batches
+from hf_unlearnable.poisons.base import Poison
+from hf_unlearnable.protect import protect
+from hf_unlearnable.publishing.hub import HubError, Repository
+from hf_unlearnable.publishing.push import publish
+from hf_unlearnable.publishing.verify import Outcome, judged, recognise, verify
+from hf_unlearnable.record import Record
+from tests.conftest import load_script, make_dataset, noise_pictures
+from tests.publishing.local_hub import Hub
+
+SECRET, OTHER = bytes(range(32)), bytes(32)
+MINE = "owner/shapes"
+
+
+def made(dataset: Dataset, poison: Poison, folder: Path) -> Path:
+    protect(dataset, poison, folder, source="somebody/small", progress=False)
+    return folder
+
+
+def by_name(outcomes: list[Outcome]) -> dict[str, Outcome]:
+    assert len({outcome.name for outcome in outcomes}) == len(outcomes)
+    return {outcome.name: outcome for outcome in outcomes}
+
+
+def states(outcomes: list[Outcome]) -> dict[str, str]:
+    return {outcome.name: outcome.status for outcome in outcomes}
+
+
+def test_what_was_published_passes_and_the_key_proves_it(logged_in: Hub, small: Dataset, tmp_path: Path) -> None:
+    folder = made(small, CudaPoison(seed=SECRET), tmp_path / "out")
+    publish(folder, Repository(MINE), progress=False)
+    alone = states(verify(Repository(MINE), progress=False))
+    assert "failed" not in alone.values()
+    assert alone["finished"] == alone["files"] == alone["pictures"] == "passed"
+    assert alone["owner"] == alone["budget"] == "not checked"
+    found = by_name(verify(Repository(MINE), clean=small, key=SECRET, progress=False))
+    assert {outcome.status for outcome in found.values()} == {"passed"}
+    assert found["owner"].detail == "24 pictures recomputed from the clean ones: 100 % of the values are equal"
+    wrong = by_name(verify(Repository(MINE), clean=small, key=OTHER, progress=False))
+    assert wrong["commitment"].status == wrong["owner"].status == "failed"
+    assert "differ at rows 0, 1, 2, 3, 4 and 19 more" in wrong["owner"].detail
+
+
+def test_an_unfinished_publication_and_a_missing_one(logged_in: Hub, small: Dataset, tmp_path: Path) -> None:
+    with pytest.raises(HubError, match="no such repository"):
+        verify(Repository("owner/nothing"), progress=False)
+    small.push_to_hub(MINE)
+    with pytest.raises(FileNotFoundError, match=r"no results/default/record\.json"):
+        verify(Repository(MINE), progress=False)
+
+
+@pytest.mark.parametrize(
+    "poison",
+    [
+        ArPoison(seed=SECRET),
+        RandomNoisePoison(seed=SECRET, poison_rate=0.5),
+        CudaPoison(seed=SECRET, classes=(1, 2)),
+        CudaPoison(seed=12345),
+    ],
+    ids=["ar", "half", "classes", "int"],
+)
+def test_the_poison_is_recomputed_from_clean_rows(small: Dataset, tmp_path: Path, poison: Poison) -> None:
+    folder = made(small, poison, tmp_path / "out")
+    assert by_name(verify(folder, clean=small, key=poison.seed, progress=False))["owner"].status == "passed"
+    assert by_name(verify(folder, clean=small, key=OTHER, progress=False))["owner"].status == "failed"
+
+
+def test_pixels_found_on_the_clean_rows_are_found_again(small: Dataset, tmp_path: Path) -> None:
+    folder = made(small, OpsPoison.fit(small, seed=SECRET, progress=False), tmp_path / "out")
+    assert by_name(verify(folder, clean=small, key=SECRET, progress=False))["owner"].status == "passed"
+
+
+def test_a_surrogate_stands_for_the_key(small: Dataset, tmp_path: Path) -> None:
+    surrogates = []
+    for seed in (0, 1):
+        surrogate = PilPoison().fit(Batches.load(small, progress=False), seed=seed, progress=False)
+        surrogates.append(surrogate.save(tmp_path / f"{seed}.safetensors"))
+    folder = made(small, PilPoison.from_surrogate(surrogates[0]), tmp_path / "out")
+    assert Record.load(folder / "record.json").key["surrogate"] == "an int seed"
+    assert Surrogate.load(surrogates[0]) != Surrogate.load(surrogates[1])
+    right = by_name(verify(folder, clean=small, surrogate=surrogates[0], progress=False))
+    assert right["owner"].status == "passed"
+    other = by_name(verify(folder, clean=small, surrogate=surrogates[1], progress=False))["owner"]
+    assert other.status == "not checked"
+    assert "expected the surrogate" in other.detail
+    without = by_name(verify(folder, clean=small, key=SECRET, progress=False))["owner"]
+    assert "give its file" in without.detail
+
+
+def test_damage_is_found_and_named(small: Dataset, tmp_path: Path) -> None:
+    folder = made(small, CudaPoison(seed=SECRET), tmp_path / "out")
+    record = json.loads((folder / "record.json").read_text())
+    (name,) = record["published"]["files"]
+    genuine = (folder / name).read_bytes()
+    (folder / name).write_bytes(genuine[:-1] + b"x")
+    found = states(verify(folder, key=SECRET, progress=False))
+    assert found["files"] == "failed"
+    assert "pictures" not in found
+    (folder / name).unlink()
+    assert states(verify(folder, progress=False))["files"] == "failed"
+
+
+@pytest.mark.parametrize(
+    ("part", "name", "value"),
+    [("published", "files", {"../../etc/x.parquet": {"sha256": "0" * 64, "bytes": 1}}), ("source", "classes", 5)],
+)
+def test_a_record_that_is_none_is_told_as_such(
+    small: Dataset, tmp_path: Path, part: str, name: str, value: object
+) -> None:
+    folder = made(small, CudaPoison(seed=SECRET), tmp_path / "out")
+    record = Record.load(folder / "record.json")
+    getattr(record, part)[name] = value
+    record.save(folder / "record.json")
+    (outcome,) = verify(folder, key=SECRET, progress=False)
+    assert (outcome.name, outcome.status) == ("record", "failed")
+    assert name in outcome.detail
+
+
+def test_pictures_that_somebody_recompressed_are_no_longer_those_of_the_record(small: Dataset, tmp_path: Path) -> None:
+    folder = made(small, CudaPoison(seed=SECRET), tmp_path / "out")
+    record = Record.load(folder / "record.json")
+    (name,) = record.published["files"]
+
+    def worse(row: dict) -> dict:
+        buffer = io.BytesIO()
+        row["img"].save(buffer, "JPEG", quality=75)
+        return {"img": {"bytes": buffer.getvalue(), "path": None}}
+
+    Dataset.from_parquet(str(folder / name), cache_dir=str(tmp_path / "cache")).map(worse).to_parquet(folder / name)
+    from hf_unlearnable.digests import file_digest
+
+    record.published["files"][name]["sha256"] = file_digest(folder / name)
+    record.save(folder / "record.json")
+    found = by_name(verify(folder, clean=small, key=SECRET, progress=False))
+    assert found["files"].status == "passed"
+    assert found["pictures"].status == found["owner"].status == "failed"
+    assert "jpeg" in found["pictures"].detail
+
+
+def test_without_clean_rows_the_key_is_recognised(tmp_path: Path) -> None:
+    """Ten classes of a hundred pictures, as the claim says; here smooth noise stands for photographs."""
+    pictures = noise_pictures(1000, seed=3)
+    clean = make_dataset(pictures, [i % 10 for i in range(1000)], classes=10)
+    folder = made(clean, CudaPoison(seed=SECRET), tmp_path / "out")
+    right = by_name(verify(folder, key=SECRET, decoys=10_000, progress=False))["owner"]
+    assert right.status == "passed"
+    assert "1,000 pictures" in right.detail
+    wrong = by_name(verify(folder, key=OTHER, decoys=10_000, progress=False))["owner"]
+    assert wrong.status == "failed"
+    mine = Record.load(folder / "record.json")
+    shown = Dataset.from_parquet(str(folder / "data/*"), cache_dir=str(tmp_path / "cache"))
+    assert judged(recognise(shown, mine, SECRET, decoys=10_000, progress=False)).status == "passed"
+    assert judged(recognise(shown, mine, OTHER, decoys=10_000, progress=False)).status == "failed"
+    assert judged(recognise(clean, mine, SECRET, decoys=10_000, progress=False)).status == "failed"
+    with pytest.raises(ValueError, match="expected the classes of the record"):
+        recognise(make_dataset(pictures[:8], [0] * 8, classes=3), mine, SECRET, progress=False)
+    noise = made(clean, RandomNoisePoison(seed=SECRET), tmp_path / "noise")
+    told = by_name(verify(noise, key=SECRET, progress=False))["owner"]
+    assert told.status == "not checked"
+    assert "cannot be proved without the clean pictures" in told.detail
+
+
+def test_the_script_ends_with_what_it_found(small: Dataset, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    script = load_script("verify")
+    folder = made(small, CudaPoison(seed=SECRET), tmp_path / "out")
+    (tmp_path / "key").write_text(SECRET.hex())
+    small.to_parquet(tmp_path / "clean.parquet")
+    given = [str(folder), "--no-progress", "--clean", str(tmp_path / "clean.parquet")]
+    assert script.main([*given, "--key-file", str(tmp_path / "key")]) == 0
+    assert "nothing failed" in capsys.readouterr().out
+    (tmp_path / "wrong").write_text(OTHER.hex())
+    assert script.main([*given, "--key-file", str(tmp_path / "wrong")]) == 1
+    assert "FAILED: commitment, owner" in capsys.readouterr().out
+    assert script.main([str(tmp_path / "nothing" / "here" / "at-all")]) == 2
+    assert "verify.py: " in capsys.readouterr().err
