@@ -34,29 +34,12 @@ import hf_unlearnable as hu
 from hf_unlearnable import columns, options, sources
 from hf_unlearnable.batches import stratified_rows
 from hf_unlearnable.keys import read_key
+from hf_unlearnable.poisons.names import POISONS
 from hf_unlearnable.protect import protect
 from hf_unlearnable.record import Record
 from hf_unlearnable.sharding.merge import merge
 from hf_unlearnable.sharding.run import place, protect_shards
 
-POISONS: dict[str, type[hu.Poison]] = {
-    "ar": hu.ArPoison,
-    "clusters": hu.ClustersPoison,
-    "cuda": hu.CudaPoison,
-    "deep-confuse": hu.DeepConfusePoison,
-    "em": hu.EmPoison,
-    "entf": hu.EntfPoison,
-    "hypo": hu.HypoPoison,
-    "lsp": hu.LspPoison,
-    "min-max-min": hu.MinMaxMinPoison,
-    "ntga": hu.NtgaPoison,
-    "ops": hu.OpsPoison,
-    "pil": hu.PilPoison,
-    "random-noise": hu.RandomNoisePoison,
-    "robust-em": hu.RobustEmPoison,
-    "sem": hu.SemPoison,
-    "tap": hu.TapPoison,
-}
 SETTLED = ("seed", "classes", "num_classes", "pixels", "size", "surrogate")
 
 
@@ -230,7 +213,7 @@ def tell(record: Record, output: str) -> None:
     if record.source.get("left_out"):
         print(f"  {len(record.source['left_out'])} rows were left out: see left_out in record.json")
     print(f"  see {output}/preview.png; what a trainer still learns is not measured yet:")
-    print(f"  accelerate launch scripts/train_victim.py --dataset {output} ...")
+    print(f"  python scripts/evaluate.py --protected {output} --clean THE_SOURCE --output eval/{Path(output).name}")
 
 
 if __name__ == "__main__":

@@ -13,6 +13,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
+import datasets
 from datasets.exceptions import DatasetBuildError
 
 from hf_unlearnable import sources
@@ -54,6 +55,9 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--batch-size", type=int, default=500, help="pictures held at a time (default: 500)")
     parser.add_argument("--no-progress", dest="progress", action="store_false")
     arguments = parser.parse_args(argv)
+    datasets.utils.logging.set_verbosity_error()
+    if not arguments.progress:
+        datasets.disable_progress_bars()
     try:
         run(arguments)
     except (ValueError, OSError, TypeError, RuntimeError, DatasetBuildError) as error:
