@@ -17,9 +17,9 @@ import datasets
 from datasets.exceptions import DatasetBuildError
 
 from hf_unlearnable import sources
+from hf_unlearnable.gate import checks
 from hf_unlearnable.keys import read_key
 from hf_unlearnable.poisons.names import POISONS
-from hf_unlearnable.publishing import gate
 from hf_unlearnable.publishing.hub import Repository
 from hf_unlearnable.publishing.push import Publication, Words, publish
 from hf_unlearnable.publishing.surrogates import publish_surrogate
@@ -28,10 +28,10 @@ from hf_unlearnable.surrogate import Surrogate
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    checks = "\n".join(f"  {known.name:15} {known.meaning}" for known in gate.CHECKS)
+    listed = "\n".join(f"  {known.name:15} {known.meaning}" for known in checks.CHECKS)
     parser = argparse.ArgumentParser(
         description=__doc__,
-        epilog=f"checks before anything is sent:\n{checks}",
+        epilog=f"checks before anything is sent:\n{listed}",
         formatter_class=argparse.RawDescriptionHelpFormatter,
         allow_abbrev=False,
     )
@@ -46,7 +46,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--key-file", type=Path, help="the secret key: makes sure that nothing that is sent holds it")
     parser.add_argument("--evaluation", nargs="+", default=[], type=Path, help="folders that evaluate.py made")
     parser.add_argument("--allow-guessable-key", action="store_true", help="publish although anyone can find the key")
-    parser.add_argument("--accept", nargs="+", default=[], choices=gate.ACCEPTABLE, help="findings that are meant so")
+    parser.add_argument("--accept", nargs="+", default=[], choices=checks.ACCEPTABLE, help="findings that are meant so")
     words = parser.add_argument_group("words on the card")
     words.add_argument("--title")
     words.add_argument("--license", help="of what is published: an identifier of the Hub, such as cc-by-4.0")

@@ -53,14 +53,13 @@ MAY_IMPORT: dict[str, set[str]] = {
     "probes": {"result", "victim"} | L0 | L1,
     "detection": {"result", "victim", "defenses", "probes"} | L0 | L1,
     "last_layer": {"result", "victim", "defenses", "probes"} | L0 | L1,
+    "ray_data": {"poisons"} | L0 | L1,
     "certificate": {"keys"},
     "theory": {"keys"},
     "benchmarks": {"benchmarks", "fitting", "defenses", "poisons"} | L0 | L1,
     "sharding": {"sharding", "digests", "record", "card", "protect", "preview", "metrics", "poisons"} | L0 | L1,
-    "publishing": {"publishing", "digests", "papers", "record", "card", "protect", "preview", "metrics", "poisons"}
-    | {"surrogate"}
-    | L0
-    | L1,
+    "gate": {"gate", "digests", "record"} | L0 | L1,
+    "publishing": {"publishing", "gate", "ownership", "digests", "record", "card", "poisons", "surrogate"} | L0 | L1,
     "evaluation": {"evaluation", "result", "victim", "defenses", "poisons", "record", "report", "card"}
     | {"probes", "detection", "last_layer", "certificate", "reported"}
     | L0

@@ -72,7 +72,7 @@ def prove(
         poison: the poison as its record describes it, with the claimed key.
         decoys: how many over all classes, divided evenly (fewer than 100 a class are refused). The least possible p
             with a million is 1e-10 for two classes and 1e-37 for ten. AR's decoys come from its search: it looks at
-            5000 candidates a class at most, and keeps fewer for later classes (a minute for ten of small pictures).
+            5000 candidates a class at most, for six classes, and keeps fewer for later ones (half a minute).
         original_size: height and width of the pictures when they were published, where they were resized after that.
         decoy_key: the decoys' own. A judge who does not trust that they were drawn fairly chooses another.
 

@@ -14,8 +14,10 @@ from datasets import Dataset, IterableDataset, load_dataset
 
 from hf_unlearnable import card
 from hf_unlearnable.digests import file_digest
+from hf_unlearnable.gate import checks
+from hf_unlearnable.gate.secret_scan import holds_secret
 from hf_unlearnable.keys import Key
-from hf_unlearnable.publishing import gate, pages
+from hf_unlearnable.publishing import pages
 from hf_unlearnable.publishing.hub import HubError, Repository, asked
 from hf_unlearnable.publishing.readback import Contents, Rows, contents, rows_of
 from hf_unlearnable.record import Record
@@ -72,18 +74,18 @@ def publish(
         clean: the source, to compare with row by row.
         key: the secret, to make sure that nothing that is sent holds it.
         evaluations: folders that `scripts/evaluate.py` made; their pages, tables and pictures are sent too.
-        allow_guessable_key, accept: see `gate.check`.
+        allow_guessable_key, accept: see `checks.check`.
         dry_run: check and render everything, send nothing.
         batch_size: pictures held at a time.
 
     Raises:
-        gate.Refused: the folder does not pass.
+        checks.Refused: the folder does not pass.
         HubError: no network, no token, no rights, a repository that holds something else under this configuration.
         ValueError: front matter of the existing card that is no YAML; what was pushed does not read back as recorded.
     """
     folder = Path(folder)
     _check_config(config)
-    record = gate.check(
+    record = checks.check(
         folder,
         clean=clean,
         allow_guessable_key=allow_guessable_key,
@@ -91,7 +93,7 @@ def publish(
         progress=progress,
         batch_size=batch_size,
     )
-    if key is not None and (places := gate.holds_secret(folder, key)):
+    if key is not None and (places := holds_secret(folder, key)):
         raise ValueError(f"the key is in {', '.join(places)}: nothing was sent")
     extra = _evaluation_files([Path(one) for one in evaluations], config)
     extra[f"assets/{config}/preview.png"] = folder / "preview.png"

@@ -13,18 +13,18 @@ from tqdm.auto import tqdm
 
 from hf_unlearnable import columns
 from hf_unlearnable.digests import file_digest
+from hf_unlearnable.gate.checks import CHECKS
+from hf_unlearnable.gate.record_checks import disagreements, lacking
+from hf_unlearnable.gate.row_checks import check_rows
 from hf_unlearnable.images import Picture, decode_many
 from hf_unlearnable.keys import Key, commitment
 from hf_unlearnable.poisons.base import Poison
 from hf_unlearnable.poisons.with_surrogate import SurrogatePoison
 from hf_unlearnable.publishing import ownership, pages
-from hf_unlearnable.publishing.gate import CHECKS
 from hf_unlearnable.publishing.hub import Repository
 from hf_unlearnable.publishing.push import README, read_record
 from hf_unlearnable.publishing.readback import Rows, rows_of
 from hf_unlearnable.publishing.rebuild import rebuild
-from hf_unlearnable.publishing.record_checks import disagreements, lacking
-from hf_unlearnable.publishing.row_checks import check_rows
 from hf_unlearnable.record import Record
 
 SAME_VALUES = 0.99

@@ -12,8 +12,10 @@ from datasets import Dataset, load_dataset
 from huggingface_hub import HfApi
 
 from hf_unlearnable import CudaPoison, RandomNoisePoison
+from hf_unlearnable.gate import checks
+from hf_unlearnable.gate.secret_scan import holds_secret
 from hf_unlearnable.protect import protect
-from hf_unlearnable.publishing import gate, pages
+from hf_unlearnable.publishing import pages
 from hf_unlearnable.publishing.hub import HubError, Repository
 from hf_unlearnable.publishing.push import Words, publish
 from hf_unlearnable.record import Record
@@ -76,11 +78,11 @@ def test_nothing_that_was_sent_holds_the_key(logged_in: Hub, small: Dataset, tmp
         path = tmp_path / "pulled" / name
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_bytes(data)
-    assert gate.holds_secret(tmp_path / "pulled", key) == []
+    assert holds_secret(tmp_path / "pulled", key) == []
     (tmp_path / "pulled" / "results" / "default" / "note.md").write_text(
         f"{key.hex() if isinstance(key, bytes) else key}"
     )
-    assert len(gate.holds_secret(tmp_path / "pulled", key)) == 1
+    assert len(holds_secret(tmp_path / "pulled", key)) == 1
 
 
 def test_the_card_comes_first_and_is_finished_last(logged_in: Hub, folder: Path) -> None:
@@ -206,10 +208,10 @@ def test_a_dry_run_sends_nothing(logged_in: Hub, folder: Path) -> None:
 
 def test_what_the_gate_refuses_is_not_sent(logged_in: Hub, folder: Path, small: Dataset, tmp_path: Path) -> None:
     (folder / "data" / "clean.parquet").write_bytes(b"PAR1")
-    with pytest.raises(gate.Refused, match=r"clean\.parquet"):
+    with pytest.raises(checks.Refused, match=r"clean\.parquet"):
         send(folder)
     protect(small, CudaPoison(seed=7), tmp_path / "guessable", source="small", progress=False)
-    with pytest.raises(gate.Refused, match="allow-guessable-key"):
+    with pytest.raises(checks.Refused, match="allow-guessable-key"):
         send(tmp_path / "guessable")
     assert not logged_in.requests
     send(tmp_path / "guessable", allow_guessable_key=True)
@@ -221,7 +223,7 @@ def test_what_the_owner_accepts_is_told_on_the_card(logged_in: Hub, tmp_path: Pa
     pictures[5] = 0
     flat = make_dataset(pictures, [i % 4 for i in range(24)])
     protect(flat, RandomNoisePoison(seed=SECRET, poison_rate=0.0), tmp_path / "out", source="x", progress=False)
-    with pytest.raises(gate.Refused, match="blank"):
+    with pytest.raises(checks.Refused, match="blank"):
         send(tmp_path / "out")
     send(tmp_path / "out", accept=["blank"])
     assert re.search(r"Published although the checks before publishing said: blank: row 5", readme(logged_in))

@@ -13,9 +13,8 @@ from datasets import Dataset
 from tqdm.auto import tqdm
 
 from hf_unlearnable.digests import columns_digest
-from hf_unlearnable.images import Picture, digest
-from hf_unlearnable.publishing import traces
-from hf_unlearnable.publishing.clean_checks import (
+from hf_unlearnable.gate import traces
+from hf_unlearnable.gate.clean_checks import (
     Beside,
     budgets_of,
     constant,
@@ -24,10 +23,11 @@ from hf_unlearnable.publishing.clean_checks import (
     slack,
     without_left_out,
 )
-from hf_unlearnable.publishing.containers import describe, kind_of
-from hf_unlearnable.publishing.finding import Finding, Problems
-from hf_unlearnable.publishing.folder_checks import features_of
-from hf_unlearnable.publishing.record_checks import BOUNDED_BY
+from hf_unlearnable.gate.containers import describe, kind_of
+from hf_unlearnable.gate.finding import Finding, Problems
+from hf_unlearnable.gate.folder_checks import features_of
+from hf_unlearnable.gate.record_checks import BOUNDED_BY
+from hf_unlearnable.images import Picture, digest
 from hf_unlearnable.record import Record
 
 

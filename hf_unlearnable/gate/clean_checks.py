@@ -10,8 +10,8 @@ import torch
 from datasets import Dataset, Features, Image
 
 from hf_unlearnable.budget import Budget
+from hf_unlearnable.gate.finding import Problems
 from hf_unlearnable.images import Picture, Pixels, decode, decode_many, digest
-from hf_unlearnable.publishing.finding import Problems
 from hf_unlearnable.record import Record
 
 

@@ -21,12 +21,13 @@ from hf_unlearnable import CudaPoison, LspPoison, RandomNoisePoison
 from hf_unlearnable import protect as protecting
 from hf_unlearnable.digests import columns_digest, file_digest, split_digest
 from hf_unlearnable.environment import versions
+from hf_unlearnable.gate.checks import ACCEPTABLE, CHECKS, Refused, check, inspect
+from hf_unlearnable.gate.secret_scan import holds_secret
 from hf_unlearnable.images import Picture, decode, digest, encode
 from hf_unlearnable.protect import protect
-from hf_unlearnable.publishing.gate import ACCEPTABLE, CHECKS, Refused, check, holds_secret, inspect
 from hf_unlearnable.record import Record
 from tests.conftest import make_dataset, noise_pictures
-from tests.publishing.test_containers import png_chunk, saved, with_chunk
+from tests.gate.test_containers import png_chunk, saved, with_chunk
 
 SECRET = bytes(range(100, 132))
 Rows = list[dict[str, Any]]
@@ -978,7 +979,7 @@ def test_a_secret_in_a_schema_a_name_or_a_dictionary(tmp_path: Path) -> None:
 
 
 def test_a_secret_in_a_bomb_and_past_the_first_piece(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    from hf_unlearnable.publishing import secret_scan
+    from hf_unlearnable.gate import secret_scan
 
     monkeypatch.setattr(secret_scan, "_PIECE", 1000)
     for shift in range(968, 1001, 8):

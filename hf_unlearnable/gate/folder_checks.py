@@ -13,10 +13,10 @@ from datasets import ClassLabel, Features, Image
 
 from hf_unlearnable import columns
 from hf_unlearnable.digests import file_digest
-from hf_unlearnable.publishing import traces
-from hf_unlearnable.publishing.containers import describe
-from hf_unlearnable.publishing.finding import Finding, first_of
-from hf_unlearnable.publishing.record_checks import RECORD
+from hf_unlearnable.gate import traces
+from hf_unlearnable.gate.containers import describe
+from hf_unlearnable.gate.finding import Finding, first_of
+from hf_unlearnable.gate.record_checks import RECORD
 from hf_unlearnable.record import Record
 
 _BESIDE = frozenset({RECORD, "README.md", "preview.png"})

@@ -8,7 +8,7 @@ from typing import Any
 
 from hf_unlearnable.budget import Budget
 from hf_unlearnable.environment import versions
-from hf_unlearnable.publishing.finding import Finding
+from hf_unlearnable.gate.finding import Finding
 from hf_unlearnable.record import Record
 
 RECORD = "record.json"

@@ -6,14 +6,11 @@ from typing import NamedTuple
 
 from datasets import Dataset
 
-from hf_unlearnable.publishing.finding import Finding
-from hf_unlearnable.publishing.folder_checks import check_files, check_parquet
-from hf_unlearnable.publishing.record_checks import check_key, read_record
-from hf_unlearnable.publishing.row_checks import check_rows
-from hf_unlearnable.publishing.secret_scan import holds_secret
+from hf_unlearnable.gate.finding import Finding
+from hf_unlearnable.gate.folder_checks import check_files, check_parquet
+from hf_unlearnable.gate.record_checks import check_key, read_record
+from hf_unlearnable.gate.row_checks import check_rows
 from hf_unlearnable.record import Record
-
-__all__ = ["ACCEPTABLE", "CHECKS", "Check", "Finding", "Refused", "check", "holds_secret", "inspect"]
 
 
 class Check(NamedTuple):

@@ -10,8 +10,8 @@ import PIL.PngImagePlugin
 import pytest
 import torch
 
+from hf_unlearnable.gate.containers import Container, describe, kind_of
 from hf_unlearnable.images import Picture, encode
-from hf_unlearnable.publishing.containers import Container, describe, kind_of
 from tests.conftest import noise_pictures
 
 

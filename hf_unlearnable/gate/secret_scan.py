@@ -11,9 +11,9 @@ from pathlib import Path
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from hf_unlearnable.gate.containers import PNG_SIGNATURE, png_chunks
 from hf_unlearnable.images import decode
 from hf_unlearnable.keys import Key, check_key
-from hf_unlearnable.publishing.containers import PNG_SIGNATURE, png_chunks
 
 LEAST_DIGITS = 6
 _PIECE = 1 << 24
