@@ -18,9 +18,10 @@ from hf_unlearnable.gate.record_checks import disagreements, lacking
 from hf_unlearnable.gate.row_checks import check_rows
 from hf_unlearnable.images import Picture, decode_many
 from hf_unlearnable.keys import Key, commitment
+from hf_unlearnable.ownership.proof import Proof, Unprovable, prove
 from hf_unlearnable.poisons.base import Poison
 from hf_unlearnable.poisons.with_surrogate import SurrogatePoison
-from hf_unlearnable.publishing import ownership, pages
+from hf_unlearnable.publishing import pages
 from hf_unlearnable.publishing.hub import Repository
 from hf_unlearnable.publishing.push import README, read_record
 from hf_unlearnable.publishing.readback import Rows, rows_of
@@ -58,10 +59,10 @@ def verify(
     """Check a published dataset (or a protected folder) against its record, the clean rows and a key, where given.
 
     With the clean rows and the key (or the surrogate that the key was drawn from) the poison is recomputed and compared
-    pixel by pixel. With the key alone, `ownership.prove` tests whether the pictures carry this key's perturbation.
+    pixel by pixel. With the key alone, `prove` tests whether the pictures carry this key's perturbation.
 
     Args:
-        decoys: see `ownership.prove`.
+        decoys: see `prove`.
         batch_size: pictures held at a time.
 
     Raises:
@@ -108,7 +109,7 @@ def recognise(
     decoys: int = 1_000_000,
     batch_size: int = 500,
     progress: bool = True,
-) -> ownership.Proof:
+) -> Proof:
     """Whether pictures that somebody else shows carry the perturbation that a record of one's own tells of.
 
     Args:
@@ -116,7 +117,7 @@ def recognise(
         original_size: height and width at which they were published, if they were resized since.
 
     Raises:
-        ownership.Unprovable: a method without such a test; too few classes.
+        Unprovable: a method without such a test; too few classes.
         ValueError: no such columns, other class names than the record's, an unreadable picture.
     """
     poison = rebuild(record, key, surrogate=surrogate)
@@ -134,10 +135,10 @@ def recognise(
             labels = [columns.check_label(value, at, label) for value, at in zip(batch[label], where, strict=True)]
             yield decode_many(batch[image], where=where), labels
 
-    return ownership.prove(batches(), poison, decoys=decoys, original_size=original_size, progress=progress)
+    return prove(batches(), poison, decoys=decoys, original_size=original_size, progress=progress)
 
 
-def judged(proof: ownership.Proof) -> Outcome:
+def judged(proof: Proof) -> Outcome:
     """A proof as an outcome: passed where a key chosen blindly does as well at most once in a million."""
     told = (
         f"p = {proof.p_value:.2g} that a key chosen without looking at these {proof.rows:,} pictures fits them as well "
@@ -220,10 +221,8 @@ def _whose(
     if label is None:
         return Outcome("owner", "not checked", "without labels, this takes the clean rows")
     try:
-        proof = ownership.prove(
-            ((some.pictures, some.labels(label)) for some in rows), poison, decoys=decoys, progress=progress
-        )
-    except ownership.Unprovable as error:
+        proof = prove(((some.pictures, some.labels(label)) for some in rows), poison, decoys=decoys, progress=progress)
+    except Unprovable as error:
         return Outcome("owner", "not checked", str(error))
     return judged(proof)
 

@@ -17,12 +17,12 @@ from tqdm.auto import tqdm
 from hf_unlearnable import ArPoison, CudaPoison, LspPoison, OpsPoison, RandomNoisePoison
 from hf_unlearnable.images import Picture, to_pil
 from hf_unlearnable.keys import numpy_generator
+from hf_unlearnable.ownership import patches, processes, spectra
+from hf_unlearnable.ownership.evidence import ClassTest, Moments, combined
+from hf_unlearnable.ownership.proof import Unprovable, prove, read
 from hf_unlearnable.poisons import ar
 from hf_unlearnable.poisons.base import Poison
 from hf_unlearnable.poisons.lsp import _vertices
-from hf_unlearnable.publishing import patches, processes, spectra
-from hf_unlearnable.publishing.evidence import ClassTest, Moments, combined
-from hf_unlearnable.publishing.ownership import Unprovable, prove, read
 from tests.conftest import load_script, make_dataset, noise_pictures
 
 RIGHT, WRONG = b"r" * 32, b"w" * 32

@@ -12,9 +12,9 @@ from torch import Tensor
 
 from hf_unlearnable.images import Picture
 from hf_unlearnable.keys import Key, numpy_generator
+from hf_unlearnable.ownership.evidence import ClassTest, Moments, Settled, Unprovable
 from hf_unlearnable.poisons import ar
 from hf_unlearnable.poisons.ar import ArPoison
-from hf_unlearnable.publishing.evidence import ClassTest, Moments, Settled, Unprovable
 
 Size: TypeAlias = tuple[int, int]
 

@@ -11,8 +11,8 @@ from jaxtyping import Float
 
 from hf_unlearnable.images import Picture
 from hf_unlearnable.keys import numpy_generator
+from hf_unlearnable.ownership.evidence import ClassTest, Moments, Settled, Unprovable
 from hf_unlearnable.poisons.cuda import CudaPoison
-from hf_unlearnable.publishing.evidence import ClassTest, Moments, Settled, Unprovable
 
 Size: TypeAlias = tuple[int, int]
 Setting: TypeAlias = tuple[int, float, int, float, float]  # filter, blur, tile, and the scale of each axis

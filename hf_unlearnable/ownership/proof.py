@@ -9,15 +9,15 @@ from tqdm.auto import tqdm
 
 from hf_unlearnable.images import Picture
 from hf_unlearnable.keys import Key, numpy_generator
+from hf_unlearnable.ownership.evidence import Evidence, Rank, Unprovable, combined
+from hf_unlearnable.ownership.patches import PatchEvidence
+from hf_unlearnable.ownership.processes import ProcessEvidence
+from hf_unlearnable.ownership.spectra import FilterEvidence
 from hf_unlearnable.poisons.ar import ArPoison
 from hf_unlearnable.poisons.base import Poison
 from hf_unlearnable.poisons.cuda import CudaPoison
 from hf_unlearnable.poisons.lsp import LspPoison
 from hf_unlearnable.poisons.ops import OpsPoison
-from hf_unlearnable.publishing.evidence import Evidence, Rank, Unprovable, combined
-from hf_unlearnable.publishing.patches import PatchEvidence
-from hf_unlearnable.publishing.processes import ProcessEvidence
-from hf_unlearnable.publishing.spectra import FilterEvidence
 
 _LEAST_DECOYS = 100
 
@@ -93,7 +93,7 @@ def prove(
         The weights of CUDA are rounded to 14 bits in pictures, not in the test. The converse is not shown: a large p
         says that nothing was recognised, not that nothing is there.
 
-    Source: this project's own (issue 5, part 4). Rank tests against draws of the null law: Barnard (1963). Deviations:
+    Source: this project itself. Rank tests against draws of the null law: Barnard (1963). Deviations:
         none.
     """
     reading = read(pictures, poison, original_size=original_size, progress=progress)

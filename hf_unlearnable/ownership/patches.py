@@ -9,8 +9,8 @@ import torch
 from jaxtyping import Float
 
 from hf_unlearnable.images import Picture
+from hf_unlearnable.ownership.evidence import ClassTest, Moments, Settled, Unprovable
 from hf_unlearnable.poisons.lsp import LspPoison, _parts, _vertices
-from hf_unlearnable.publishing.evidence import ClassTest, Moments, Settled, Unprovable
 
 Size: TypeAlias = tuple[int, int]
 
