@@ -6,6 +6,7 @@ What is stored is lossless and made from fresh pixels: never the source's encode
 import hashlib
 import io
 import os
+import sys
 from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -72,8 +73,16 @@ def picture_digest(picture: Picture) -> bytes:
 
 
 def in_worker_process() -> bool:
-    """Whether this is a forked or spawned worker, where threads of its own would only compete (or hang torch)."""
-    return os.getpid() != _IN_PARENT or multiprocess.process.parent_process() is not None
+    """Whether this is a forked or spawned worker (or Ray's), where threads of its own would compete, or hang torch."""
+    return os.getpid() != _IN_PARENT or multiprocess.process.parent_process() is not None or _in_ray_worker()
+
+
+def _in_ray_worker() -> bool:
+    ray: Any = sys.modules.get("ray")
+    if ray is None or not ray.is_initialized():
+        return False
+    worker = getattr(ray.get_runtime_context(), "worker", None)
+    return worker is not None and worker.mode == ray.WORKER_MODE
 
 
 def one_thread_in_workers() -> None:

@@ -37,8 +37,9 @@ class Transform:
     """Changes the pictures of a dataset: `ds.map(transform)`, batched or not, or `transform.apply(ds)`.
 
     The callable tells a row from a batch by itself. It returns the picture column only, so that other columns, labels
-    and order stay as they are; inputs are never mutated. Pictures are stored losslessly, from fresh pixels. Every
-    picture is treated as RGB; transparency is carried over untouched. Pictures of several sizes may share a batch.
+    and order stay as they are (Ray Data, which keeps only what it is handed back, gets every column); inputs are never
+    mutated. Pictures are stored losslessly, from fresh pixels. Every picture is treated as RGB; transparency is carried
+    over untouched. Pictures of several sizes may share a batch.
 
     Args:
         image_column: where the pictures are; None finds the one picture column.
@@ -269,6 +270,8 @@ class Transform:
             stored = [encode(changed[0], image_format=self.image_format, compress_level=self.compress_level)]
         stored = [{"bytes": value, "path": None} if isinstance(value, bytes) else value for value in stored]
         result: dict[str, Any] = {image: stored if is_batch else stored[0]}
+        if _from_ray(example, image):
+            result = {**example, image: _objects(stored) if is_batch else stored[0]}
         if with_digest:
             result[_CHECK_COLUMN] = [picture_digest(picture) for picture in changed]
         return result
@@ -293,6 +296,20 @@ class Transform:
             for position, row in enumerate(rows):
                 changed[row] = Picture(new[position], pictures[row].alpha)
         return changed
+
+
+def _from_ray(example: Any, image: str) -> bool:
+    """Whether this is a row or numpy batch of Ray Data, which keeps nothing but what it is handed back."""
+    value = example[image]
+    if isinstance(value, np.ndarray) and value.dtype.hasobject and len(value):
+        value = value[0]
+    return type(example) is dict and isinstance(value, dict | bytes)
+
+
+def _objects(values: list[Any]) -> np.ndarray:
+    array = np.empty(len(values), dtype=object)
+    array[:] = values
+    return array
 
 
 def _bounded(sizes: dict[torch.Size, list[int]], values: int) -> Iterator[list[int]]:
