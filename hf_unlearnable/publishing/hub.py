@@ -57,10 +57,14 @@ class Repository:
         """Make the repository and the branch where they are not there yet.
 
         Raises:
-            HubError: no token, no rights, no network, a bad name.
+            HubError: no token, no rights, no network, a bad name; `private`, and it is there and public.
         """
         ask = partial(asked, self.repo_id)
         ask(self.api.create_repo, self.repo_id, repo_type=self.kind, private=private, exist_ok=True)
+        if private and not ask(self.api.repo_info, self.repo_id, repo_type=self.kind).private:
+            raise HubError(
+                f"{self.repo_id} is there already and is public: make it private on the Hub, or drop --private"
+            )
         if self.revision is not None:
             ask(self.api.create_branch, self.repo_id, branch=self.revision, repo_type=self.kind, exist_ok=True)
 

@@ -111,7 +111,13 @@ def publish(
             f"configuration {config!r}, which hf_unlearnable did not publish (and the history would keep them): choose "
             "another repository or --config-name"
         )
-    if not _is_there(repository, already, record, config):
+    before = read_record(repository, config)
+    if before is not None and before.source["split"] != record.source["split"]:
+        raise HubError(
+            f"{repository.repo_id}: the configuration {config!r} holds the split {before.source['split']!r}, whose record "
+            f"and card the split {record.source['split']!r} would replace: choose another --config-name"
+        )
+    if not _is_there(repository, already, record, before, config):
         _announce(repository, record, config, extra, words)
         _push(folder, record, repository, config)
         record = replace(record, published={**record.published, "files": _pushed(repository, place, record)})
@@ -208,9 +214,10 @@ def _announced(repository: Repository, config: str) -> bool:
     return readme is not None and pages.part_of(readme, config) is not None
 
 
-def _is_there(repository: Repository, already: dict[str, dict], record: Record, config: str) -> bool:
+def _is_there(
+    repository: Repository, already: dict[str, dict], record: Record, before: Record | None, config: str
+) -> bool:
     """Whether these very pixels were published and found complete before: only the words are new then."""
-    before = read_record(repository, config)
     readme = repository.text(README)
     if before is None or readme is None or not pages.finished(readme, config):
         return False

@@ -199,6 +199,26 @@ def test_a_private_repository_on_a_branch(logged_in: Hub, folder: Path) -> None:
     assert not [f for f in logged_in.files("dataset", MINE, "main") if f.endswith(".parquet")]
 
 
+def test_a_public_repository_is_not_taken_for_a_private_one(logged_in: Hub, folder: Path) -> None:
+    HfApi().create_repo(MINE, repo_type="dataset")
+    with pytest.raises(HubError, match="is there already and is public"):
+        publish(folder, Repository(MINE), private=True, progress=False)
+    assert not [f for f in logged_in.files("dataset", MINE) if f.endswith(".parquet")]
+
+
+def test_another_split_does_not_replace_the_record_of_the_first(
+    logged_in: Hub, folder: Path, small: Dataset, tmp_path: Path
+) -> None:
+    send(folder)
+    before = logged_in.files("dataset", MINE)
+    protect(small, CudaPoison(seed=SECRET), tmp_path / "v", source="x", split="validation", progress=False)
+    with pytest.raises(HubError, match="holds the split 'train', .* choose another --config-name"):
+        send(tmp_path / "v")
+    assert logged_in.files("dataset", MINE) == before
+    send(tmp_path / "v", config="held-out")
+    assert len(load_dataset(MINE, "held-out", split="validation")) == 24
+
+
 def test_a_dry_run_sends_nothing(logged_in: Hub, folder: Path) -> None:
     done = publish(folder, Repository(MINE), dry_run=True, progress=False)
     assert "not measured" in done.page
