@@ -114,8 +114,8 @@ def publish(
     before = read_record(repository, config)
     if before is not None and before.source["split"] != record.source["split"]:
         raise HubError(
-            f"{repository.repo_id}: the configuration {config!r} holds the split {before.source['split']!r}, whose record "
-            f"and card the split {record.source['split']!r} would replace: choose another --config-name"
+            f"{repository.repo_id}: the configuration {config!r} holds the split {before.source['split']!r}, whose "
+            f"record and card the split {record.source['split']!r} would replace: choose another --config-name"
         )
     if not _is_there(repository, already, record, before, config):
         _announce(repository, record, config, extra, words)
