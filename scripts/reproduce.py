@@ -24,6 +24,7 @@ from hf_unlearnable.environment import versions
 from hf_unlearnable.evaluation.attackers import SuiteName, suite
 from hf_unlearnable.evaluation.claims import CLAIMS, Claim, measured, page, save
 from hf_unlearnable.evaluation.jobs import Outcome
+from hf_unlearnable.evaluation.protocol import protected_arms
 
 SCALES = {
     "small": {"backbone": "tiny", "recipe": "tiny", "rows": 10_000, "budget": "small", "seeds": (0, 1, 2)},
@@ -100,6 +101,13 @@ def reproduce(claim: Claim, arguments: argparse.Namespace, minutes: float | None
     return subprocess.call(command)
 
 
+def folders(claim: Claim, arguments: argparse.Namespace) -> list[str]:
+    """The protected datasets of a claim that are there, as evaluate.py names them."""
+    place, seeds = arguments.output / arguments.scale / "protected", arguments.seeds or SCALES[arguments.scale]["seeds"]
+    wanted = [(name, place / f"{name}-{seed}") for name in claim.poisons for seed in seeds]
+    return [f"{name}={folder}" for name, folder in wanted if folder.exists()]
+
+
 def suite_of(claim: Claim, scale: str) -> SuiteName:
     """The quick suite (its adversarial training takes three steps) where it has all attackers, at the small scale."""
     quick = {one.name for one in suite("quick").attackers}
@@ -113,6 +121,8 @@ def note(claim: Claim, arguments: argparse.Namespace, given: Sequence[str]) -> N
     attackers = [one for one in suite(suite_of(claim, arguments.scale)).attackers if one.name in claim.attackers]
     wanted = json.loads(json.dumps([{"name": one.name, **one.described()} for one in attackers]))
     outcomes = [one for one in outcomes if one.job["attacker"] in wanted and one.job["steps"] is None]
+    own = {arm.digest for arm in protected_arms(folders(claim, arguments))}
+    outcomes = [one for one in outcomes if one.job["arm"]["kind"] == "clean" or one.job["arm"]["digest"] in own]
     done = [one.result for one in outcomes if one.result is not None]
     if not done:
         return

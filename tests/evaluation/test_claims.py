@@ -66,8 +66,10 @@ def test_a_direction_holds_beyond_its_margin_and_error() -> None:
     assert (second["holds"], second["difference"]) == (None, None)
     close = [outcome("clean", "erm", 0.6), *(outcome("cuda", "erm", 0.5 + d, str(d)) for d in (-0.05, 0.05))]
     assert measured(CLAIM, close, SETTING)["expects"][0]["holds"] == "unclear"
-    wrong = [outcome("clean", "erm", 0.6), outcome("cuda", "erm", 0.55)]
+    wrong = [outcome("clean", "erm", 0.6), outcome("cuda", "erm", 0.58)]
     assert measured(CLAIM, wrong, SETTING)["expects"][0]["holds"] is False
+    single = [outcome("clean", "erm", 0.6), outcome("cuda", "erm", 0.46)]
+    assert measured(CLAIM, single, SETTING)["expects"][0]["holds"] == "unclear"
 
 
 def test_the_record_quotes_the_paper_beside_what_was_measured(tmp_path: Path) -> None:
