@@ -184,8 +184,8 @@ def page(records: Sequence[dict[str, Any]]) -> str:
         "",
         "Test accuracy in % after the last epoch, mean and standard error over keys and training seeds. The papers'",
         "figures are for CIFAR-10 with ResNet-18 at full length: beside a small setting they are for comparing",
-        "directions, not values. A direction is *unclear* within one standard error of its margin, or within five points",
-        "where single trainings are compared.",
+        "directions, not values. A direction is *unclear* within one standard error of its margin, or within five",
+        "points where single trainings are compared.",
         "",
     ]
     for record in records:

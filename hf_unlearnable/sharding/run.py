@@ -90,12 +90,13 @@ def protect_shards(
     return made
 
 
-def place(environment: Mapping[str, str] = os.environ) -> tuple[int, int]:
+def place(environment: Mapping[str, str] | None = None) -> tuple[int, int]:
     """Which process of how many this is, told by torchrun, accelerate or MPI; (0, 1) for one alone.
 
     Raises:
         ValueError: a rank that is not below the number of processes.
     """
+    environment = os.environ if environment is None else environment
     rank = next((int(environment[name]) for name in _RANK if name in environment), 0)
     processes = next((int(environment[name]) for name in _PROCESSES if name in environment), 1)
     if not 0 <= rank < processes:

@@ -81,7 +81,7 @@ def test_the_report_writes_everything_and_tells_the_record(protected_once: list[
         assert found["attacker"] == "jpeg-10"
         card = (folder / "README.md").read_text()
         assert "A trainer still reaches 70.5" in card
-        assert "not measured" not in card.split("## What was done")[0]
+        assert "not measured" not in card.split("## What this is")[0]
         assert len(load_dataset(str(folder), split="train")) == 160
     report(made, arms, outcomes, output, anchor=0.8)
     assert len(Record.load(folders[0] / "record.json").results) == 1, "a second report replaces the first"
