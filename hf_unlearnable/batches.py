@@ -60,6 +60,7 @@ class Batches:
         image_size: int | tuple[int, int] | None = None,
         rows: int | None = None,
         rows_key: Key = 0,
+        labelled: bool = True,
         progress: bool = True,
     ) -> "Batches":
         """Decode a split once, in threads.
@@ -70,6 +71,7 @@ class Batches:
             rows: keep this many rows, drawn class by class (see `stratified_rows`); None keeps all.
             rows_key: what the rows are drawn from. The draw sees the labels alone: a clean and a poisoned version of
                 a dataset give the same rows.
+            labelled: False for what needs no labels: a split without a label column is taken for one class, "all".
 
         Raises:
             TypeError: not a map-style `Dataset`.
@@ -83,14 +85,15 @@ class Batches:
             )
         if dataset.format["type"] == "custom":
             raise ValueError("the dataset has a transform (set_transform); apply it with map, or call reset_format()")
-        pictures, labelled = (
-            columns.image_column(dataset.features, image_column),
-            columns.label_column(dataset.features, label_column),
-        )
-        names = columns.class_names(dataset.features, labelled)
-        dataset = dataset.with_format(None).select_columns([pictures, labelled])
+        pictures = columns.image_column(dataset.features, image_column)
+        label = _label_column(dataset, label_column, labelled)
+        dataset = dataset.with_format(None).select_columns([pictures] if label is None else [pictures, label])
         dataset = dataset.cast_column(pictures, Image(decode=False))
-        labels, classes = _labels(dataset.select_columns([labelled])[:][labelled], names)
+        if label is None:
+            labels, classes = _labels([0] * len(dataset), ("all",))
+        else:
+            names = columns.class_names(dataset.features, label)
+            labels, classes = _labels(dataset.select_columns([label])[:][label], names)
         chosen = torch.arange(len(labels))
         if rows is not None:
             chosen = stratified_rows(labels, rows, key=rows_key)
@@ -239,6 +242,15 @@ def _check_labels(labels: Int[Tensor, " n"], classes: int, rows: Sequence[int]) 
             f"row {rows[first]}: expected a label in 0 to {classes - 1}, got {int(labels[first])}"
             f" ({len(wrong)} of {len(labels)} rows); drop such rows with ds.filter"
         )
+
+
+def _label_column(dataset: Dataset, given: str | None, labelled: bool) -> str | None:
+    try:
+        return columns.label_column(dataset.features, given)
+    except ValueError:
+        if labelled or given is not None:
+            raise
+        return None
 
 
 def _labels(values: list[int | None], names: tuple[str, ...] | None) -> tuple[Int[Tensor, " n"], tuple[str, ...]]:

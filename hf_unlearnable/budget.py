@@ -91,11 +91,17 @@ class Budget:
         """
         return Budget("linf", math.floor(self.epsilon * 255 + 1e-6) / 255) if self.norm == "linf" else self
 
+    def slack(self, values: int) -> float:
+        """What rounding to whole 255ths may add to the size of a delta of so many channel values.
+
+        It moves each by at most half a level, which "l2" is granted: 0.5/255 * sqrt(3 h w); "linf" and "l0" get none.
+        """
+        return 0.5 / 255 * math.sqrt(values) if self.norm == "l2" else 0.0
+
     def check(self, clean: Pixels, poisoned: Pixels, where: Sequence[str] | None = None) -> None:
         """That published uint8 pixels keep the budget, in whole 255ths for "linf".
 
-        Rounding moves every channel value by at most half a level; for "l2" that slack is granted, no more:
-        epsilon + 0.5/255 * sqrt(3 h w). `where` names the rows in errors.
+        What rounding adds is granted (`slack`). `where` names the rows in errors.
 
         Raises:
             ValueError: some row exceeds it; names the first one, what was allowed and what was found.
@@ -107,7 +113,7 @@ class Budget:
             unit = "/255"
         elif self.norm == "l2":
             found = difference.float().flatten(1).norm(dim=1) / 255
-            allowed = self.epsilon + 0.5 / 255 * math.sqrt(difference[0].numel()) if len(difference) else self.epsilon
+            allowed = self.epsilon + self.slack(difference[:1].numel())
             unit = ""
         else:
             found = self.distance(difference.float())

@@ -43,12 +43,12 @@ def ssim(clean: Pixels, poisoned: Pixels) -> Float[Tensor, "b"]:
         raise ValueError(f"SSIM needs pictures of at least {SSIM_WINDOW} pixels a side, got {tuple(clean.shape[2:])}")
     x, y = clean.to(torch.float32), poisoned.to(torch.float32)
     mean_x, mean_y = _smooth(x), _smooth(y)
-    var_x = _smooth(x * x) - mean_x.square()
-    var_y = _smooth(y * y) - mean_y.square()
-    cov = _smooth(x * y) - mean_x * mean_y
+    squares, product = mean_x.square() + mean_y.square(), mean_x * mean_y
+    variances = _smooth(x * x + y * y) - squares
+    covariance = _smooth(x * y) - product
     c1, c2 = (0.01 * 255) ** 2, (0.03 * 255) ** 2
-    top = (2 * mean_x * mean_y + c1) * (2 * cov + c2)
-    return (top / ((mean_x.square() + mean_y.square() + c1) * (var_x + var_y + c2))).flatten(1).mean(1)
+    top = (2 * product + c1) * (2 * covariance + c2)
+    return (top / ((squares + c1) * (variances + c2))).flatten(1).mean(1)
 
 
 def _smooth(x: Float[Tensor, "b c h w"]) -> Float[Tensor, "b c h2 w2"]:

@@ -56,7 +56,8 @@ class Pgd:
     Args:
         budget: "linf" or "l2".
         steps: how often delta moves; 0 leaves it at its start.
-        step_size: length of a step in the budget's norm and unit, a fraction of the value range (0.8 / 255).
+        step_size: length of a step in the budget's norm and unit, a fraction of the value range (0.8 / 255); 0 only
+            in a budget of 0.
         direction: "min" or "max", what becomes of the loss.
         init: where delta starts: "zero"; "uniform" in the ball (`Budget.inside`); "normal", N(0, 1) * epsilon for every
             value, projected.
@@ -106,7 +107,8 @@ class Pgd:
         ):
             if value < least:
                 raise ValueError(f"{name} is at least {least}, got {value}")
-        if not math.isfinite(self.step_size) or self.step_size < 0 or (self.steps > 0 and self.step_size == 0):
+        still = self.step_size == 0 and self.steps > 0 and self.budget.epsilon > 0
+        if not math.isfinite(self.step_size) or self.step_size < 0 or still:
             raise ValueError(f"step_size is a positive number, got {self.step_size} for {self.steps} steps")
         if self.box is not None and not self.box[0] < self.box[1]:
             raise ValueError(f"box is (lowest, highest) value, got {self.box}")

@@ -202,12 +202,14 @@ def stream_split(source: str | Path, split: str | None = None, *, config: str | 
     assert isinstance(rows, IterableDataset)
     if rows.features is None:
         raise ValueError(f"expected columns in {source}, whose features cannot be told without reading all of it")
+    rows = rows.decode(False)  # first: `remove_columns` of a decoded stream stores its pictures anew, JPEG with loss
+    assert rows.features is not None
     if "__url__" in rows.features:
         rows = rows.remove_columns("__url__")
     files = tuple(found[wanted])
     named = [config, *(_told(file, path) for file in files)]
     identity = hashlib.sha256(json.dumps(named).encode()).hexdigest()
-    return Stream(source, wanted, rows.decode(False), kind, files, identity)
+    return Stream(source, wanted, rows, kind, files, identity)
 
 
 def stream_of(dataset: Dataset, name: str) -> Stream:

@@ -37,6 +37,7 @@ from hf_unlearnable.keys import read_key
 from hf_unlearnable.poisons.names import POISONS
 from hf_unlearnable.protect import protect
 from hf_unlearnable.record import Record
+from hf_unlearnable.sharding.files import SUFFIXES
 from hf_unlearnable.sharding.merge import merge
 from hf_unlearnable.sharding.run import place, protect_shards
 
@@ -80,6 +81,9 @@ def main(argv: Sequence[str] | None = None) -> None:
     streams.add_argument("--streaming", action="store_true", help="read row by row, write and go on shard by shard")
     streams.add_argument("--shard", help="make this one only, such as 3/64 (the first is 1/64)")
     streams.add_argument("--num-shards", type=int, help="how many there are in all; default: one for 10,000 rows or so")
+    streams.add_argument(
+        "--container", choices=tuple(SUFFIXES), help="parquet (default), or tar archives, which cannot be published"
+    )
     streams.add_argument(
         "--on-error", choices=("stop", "skip"), help="unreadable pictures: stop (default), or leave out"
     )
@@ -140,6 +144,7 @@ def run_stream(arguments: argparse.Namespace, poison_class: type[hu.Poison]) -> 
         only=only,
         rank=rank,
         processes=processes,
+        container=arguments.container or "parquet",
         batch_size=arguments.batch_size,
         on_error=arguments.on_error or "stop",
         record_seed=arguments.record_seed,
@@ -180,7 +185,7 @@ def make_poison(
 
 
 def run(arguments: argparse.Namespace, poison_class: type[hu.Poison]) -> None:
-    given = [flag for flag in ("shard", "num_shards", "on_error") if getattr(arguments, flag) is not None]
+    given = [flag for flag in ("shard", "num_shards", "container", "on_error") if getattr(arguments, flag) is not None]
     if given:
         raise ValueError(f"--{given[0].replace('_', '-')} is for --streaming")
     dataset = sources.load_split(arguments.dataset, arguments.split, config=arguments.config)

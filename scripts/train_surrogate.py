@@ -128,7 +128,7 @@ def run(arguments: argparse.Namespace, accelerator: Accelerator) -> int:
         output.unlink()
     accelerator.wait_for_everyone()
     how: dict[str, Any] = {"image_column": arguments.image_column, "label_column": arguments.label_column}
-    how |= {"device": accelerator.device}
+    how |= {"device": accelerator.device, "labelled": poison.uses_labels}
     how["progress"] = arguments.progress and accelerator.is_main_process
     with accelerator.main_process_first():
         pictures = sources.load_split(arguments.dataset, arguments.split, config=arguments.config)

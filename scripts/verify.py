@@ -55,6 +55,8 @@ def run(arguments: argparse.Namespace) -> int:
     key = arguments.seed if arguments.key_file is None else read_key(arguments.key_file)
     if arguments.record is not None:
         return whose(arguments, key)
+    if arguments.original_size is not None:
+        raise ValueError("--original-size is for resized pictures, which no longer have their record: give --record")
     source: Repository | Path = Path(arguments.source)
     if not source.exists():
         source = Repository(arguments.source, "dataset", arguments.revision)

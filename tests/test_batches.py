@@ -35,6 +35,18 @@ def numbers(batch_pixels: torch.Tensor) -> list[int]:
 # ---------------------------------------------------------------------------------------------------------- loading
 
 
+def test_a_split_without_labels_is_one_class_only_where_that_is_asked_for(small: Dataset) -> None:
+    bare = small.remove_columns("label")
+    with pytest.raises(ValueError, match="no label column"):
+        Batches.load(bare, progress=False)
+    with pytest.raises(ValueError, match="is not a column"):
+        Batches.load(bare, label_column="label", labelled=False, progress=False)
+    found = Batches.load(bare, rows=5, labelled=False, progress=False)
+    assert (found.classes, found.labels.tolist()) == (("all",), [0] * 5)
+    known = Batches.load(small, labelled=False, progress=False)
+    assert known.labels.tolist() == small["label"][:]
+
+
 def test_load_holds_what_a_reader_sees(small: Dataset) -> None:
     batches = load(small)
     assert np.array_equal(batches.pixels.permute(0, 2, 3, 1).numpy(), pixels(small))

@@ -1,7 +1,7 @@
 import math
 from collections.abc import Callable
 from dataclasses import replace
-from typing import Any
+from typing import Any, Literal
 
 import pytest
 import torch
@@ -726,6 +726,13 @@ def test_bad_pictures_and_starts() -> None:
 def test_no_pictures() -> None:
     x = pictures(0)
     assert CONFIGURATIONS["REM"].run(linear(x), x, draws=generator()).shape == (0, 3, 6, 6)
+
+
+@pytest.mark.parametrize("norm", ["linf", "l2"])
+def test_a_budget_of_nothing_takes_steps_of_nothing(norm: Literal["linf", "l2"]) -> None:
+    x = pictures(2)
+    pgd = Pgd(budget=Budget(norm, 0.0), steps=3, step_size=0.0, direction="max", init="uniform")
+    assert not pgd.run(linear(x), x, draws=generator()).any()
 
 
 WRONG: list[tuple[dict[str, Any], str]] = [

@@ -174,6 +174,22 @@ def test_a_stream_of_archives(tmp_path: Path) -> None:
     assert sources.stream_split(tmp_path / "tars" / "b.tar").count() == [2]
 
 
+@pytest.mark.parametrize("kind", ["JPEG", "WEBP", "PNG"])
+def test_archives_hand_over_the_bytes_that_are_stored(kind: str, tmp_path: Path) -> None:
+    suffix, stored = kind.lower(), []
+    with tarfile.open(tmp_path / "a.tar", "w") as archive:
+        for row, picture in enumerate(noise_pictures(7)):
+            buffer = io.BytesIO()
+            PIL.Image.fromarray(picture).save(buffer, kind)
+            stored.append(buffer.getvalue())
+            member = tarfile.TarInfo(f"{row}.{suffix}")
+            member.size = len(stored[-1])
+            archive.addfile(member, io.BytesIO(stored[-1]))
+    stream = sources.stream_split(tmp_path / "a.tar")
+    assert [row[suffix]["bytes"] for row in stream.read(0, 1)] == stored
+    assert [row[suffix]["bytes"] for row in stream.read(0, 1, skip=2, rows=3)] == stored[2:5]
+
+
 def test_streams_that_are_not_there(small: Dataset, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     import datasets.config
 

@@ -6,12 +6,13 @@ import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from accelerate.state import AcceleratorState
 from datasets import load_dataset
 
-from hf_unlearnable import MinMaxMinPoison, Surrogate
+from hf_unlearnable import ClustersPoison, MinMaxMinPoison, Surrogate
 from tests.conftest import ROOT, load_script, make_dataset, noise_pictures, pixels
 
 SCRIPT = ROOT / "scripts" / "train_surrogate.py"
@@ -148,3 +149,26 @@ def test_two_processes_from_the_command_line(data: Path, tmp_path: Path) -> None
     assert done.returncode == 0, done.stderr[-3000:]
     assert done.stdout.count("3 steps; 2 process(es)") == 1
     assert Surrogate.load(tmp_path / "s.safetensors").provenance["hardware"]["processes"] == 2
+
+
+def test_clusters_need_no_labels(tmp_path: Path, data: Path) -> None:
+    bare = load_dataset(str(data), split="train").remove_columns("label")
+    bare.to_parquet(str(tmp_path / "bare" / "train.parquet"))
+    told = ["--dataset", str(tmp_path / "bare"), "--steps", "2", "--batch-size", "8", "--no-progress", "--cpu"]
+    main = load_script("train_surrogate").main
+    output = ["--output", str(tmp_path / "c.safetensors")]
+    small = [
+        "--backbone",
+        "tiny",
+        "--clusters",
+        "2",
+        "--no-pretrained",
+        "--feature-size",
+        "0",
+        "--generator-width",
+        "8",
+    ]
+    assert main([*told, "--method", "clusters", *small, *output]) == 0
+    poison = ClustersPoison.from_surrogate(tmp_path / "c.safetensors")
+    assert not np.array_equal(pixels(poison.apply(bare)), pixels(bare))
+    assert main([*told, *QUICK, *output, "--overwrite"]) == 1

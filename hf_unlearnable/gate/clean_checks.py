@@ -1,7 +1,6 @@
 """A protected folder beside the clean rows it was made of, batch by batch."""
 
 import hashlib
-import math
 from typing import Any, cast
 
 import numpy as np
@@ -99,7 +98,7 @@ class Beside:
 
     def _measure(self, difference: torch.Tensor, rows: list[int]) -> None:
         largest = self.budgets[-1][0]
-        found = largest.distance(difference.double() / 255).numpy() - slack(largest, difference[0].numel())
+        found = largest.distance(difference.double() / 255).numpy() - largest.slack(difference[:1].numel())
         if len(self.budgets) > 1:
             self._sizes.append(found.astype(np.float32))
         unit, name = (255, "/255") if largest.norm == "linf" else (1, " pixels" if largest.norm == "l0" else "")
@@ -122,11 +121,6 @@ def budgets_of(record: Record) -> list[tuple[Budget, int]]:
     """The budgets that were kept by the record, in whole 255ths, and by how many rows each; the largest comes last."""
     told = [(Budget(said["norm"], said["epsilon"]).whole(), said["kept_by_rows"]) for said in record.pixels["budgets"]]
     return sorted(told, key=lambda pair: pair[0].epsilon)
-
-
-def slack(budget: Budget, values: int) -> float:
-    """What rounding may add, as `Budget.check` grants it."""
-    return 0.5 / 255 * math.sqrt(values) if budget.norm == "l2" else 0.0
 
 
 def decoded(values: list[Any]) -> list[Picture | str]:

@@ -114,7 +114,8 @@ def lacking(record: Record) -> Iterator[str]:
 def _lacking_of_files(files: Mapping[str, Any]) -> Iterator[str]:
     for name, said in files.items():
         if not re.fullmatch(r"\w[\w.-]*/\w[^/\\]*\.parquet", name):
-            yield f"published.files: expected data/....parquet, got {name!r}"
+            hint = " (archives cannot be published: protect without --container)" if name.endswith(".tar") else ""
+            yield f"published.files: expected data/....parquet, got {name!r}{hint}"
         elif not (isinstance(said, dict) and _is_sha256(said.get("sha256")) and isinstance(said.get("bytes"), int)):
             yield f"published.files: expected the sha256 and bytes of {name}"
 

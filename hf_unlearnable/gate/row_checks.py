@@ -20,7 +20,6 @@ from hf_unlearnable.gate.clean_checks import (
     constant,
     decoded,
     incomparable,
-    slack,
     without_left_out,
 )
 from hf_unlearnable.gate.containers import describe, kind_of
@@ -186,7 +185,7 @@ class _Rows:
             return
         name = {"linf": "linf_levels", "l2": "l2", "l0": "l0_pixels"}[budget.norm]
         largest = measures[name]["largest"] / (255 if budget.norm == "linf" else 1)
-        if largest > budget.epsilon + slack(budget, self.largest) + 1e-6:
+        if largest > budget.epsilon + budget.slack(self.largest) + 1e-6:
             yield f"by the record the largest {name} is {measures[name]['largest']:g}, over its own {budget}"
 
 

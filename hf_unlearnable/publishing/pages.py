@@ -1,7 +1,8 @@
 """README.md of a repository: our part between marks, everything else as its owner wrote it."""
 
+import fnmatch
 import re
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import yaml
@@ -75,6 +76,30 @@ def finished(readme: str, config: str) -> bool:
     """Whether the part of a configuration is there and does not say that it is being published."""
     part = part_of(readme, config)
     return part is not None and UNFINISHED not in part
+
+
+def loaded(readme: str, paths: Iterable[str], config: str) -> dict[str, list[str]] | None:
+    """Which of the repository's files `load_dataset` reads for a configuration, by split.
+
+    None where the front matter does not say so in the form that `push_to_hub` writes: a list of split and path
+    (a pattern, or several) and nothing else.
+
+    Raises:
+        ValueError: front matter that is no YAML mapping.
+    """
+    paths, configs = sorted(paths), split(readme)[0].get("configs")
+    named = [one for one in configs if isinstance(one, dict)] if isinstance(configs, list) else []
+    told = [one for one in named if one.get("config_name") == config]
+    if len(told) != 1 or not isinstance(files := told[0].get("data_files"), list) or "data_dir" in told[0]:
+        return None
+    found: dict[str, list[str]] = {}
+    for entry in files:
+        if not isinstance(entry, dict) or set(entry) != {"split", "path"}:
+            return None
+        patterns = entry["path"] if isinstance(entry["path"], list) else [entry["path"]]
+        matched = [path for path in paths if any(fnmatch.fnmatchcase(path, str(one)) for one in patterns)]
+        found[str(entry["split"])] = matched
+    return found
 
 
 def _marks(config: str) -> tuple[str, str]:

@@ -14,6 +14,7 @@ from tqdm.auto import tqdm
 from hf_unlearnable import columns
 from hf_unlearnable.digests import file_digest
 from hf_unlearnable.gate.checks import CHECKS
+from hf_unlearnable.gate.clean_checks import without_left_out
 from hf_unlearnable.gate.record_checks import disagreements, lacking
 from hf_unlearnable.gate.row_checks import check_rows
 from hf_unlearnable.images import Picture, decode_many
@@ -85,14 +86,19 @@ def verify(
     if wrong := [*lacking(record)] or [*disagreements(record)]:
         return [*done, Outcome("record", "failed", "; ".join(wrong))]
     done.append(Outcome("record", "passed", "complete, and of one mind"))
+    clean = None if clean is None else without_left_out(clean, record)
     paths, outcome = _files(files, record)
     done.append(outcome)
+    if isinstance(source, Repository):
+        done.append(_what_loads(source, record, config))
     if outcome.status == "passed":
         done += _rows(paths, record, clean, batch_size, progress)
     if key is not None:
         done.append(_commitment(record, key))
     if key is not None or surrogate is not None:
-        if outcome.status == "passed":
+        if any(one.name == "source" and one.status == "failed" for one in done) and clean is not None:
+            done.append(Outcome("owner", "not checked", "the clean rows are not those of the record"))
+        elif outcome.status == "passed":
             done.append(_whose(paths, record, clean, key, surrogate, decoys, batch_size, progress))
     else:
         done.append(Outcome("owner", "not checked", "give the key (or the surrogate) to prove whose it is"))
@@ -171,6 +177,22 @@ def _files(files: dict, record: Record) -> tuple[list[Path], Outcome]:
             return paths, Outcome("files", "failed", f"{name}: expected SHA-256 {wanted}, got {got}")
         paths.append(path)
     return paths, Outcome("files", "passed", f"{len(paths)} parquet files with the SHA-256 of the record")
+
+
+def _what_loads(repository: Repository, record: Record, config: str) -> Outcome:
+    """`load_dataset` gives the files of the record, and no others."""
+    try:
+        told = pages.loaded(repository.text(README) or "", repository.files(), config)
+    except ValueError as error:
+        return Outcome("loads", "failed", str(error))
+    if told is None:
+        return Outcome("loads", "failed", f"the card's front matter does not say which files {config!r} has")
+    named, split = set(record.published["files"]), record.source["split"]
+    if unlike := sorted(named ^ set(told.get(split, ()))):
+        state = "is not in the record" if unlike[0] not in named else "is not loaded"
+        return Outcome("loads", "failed", f"{unlike[0]} {state}, of {len(unlike)} such files")
+    others = f"; of other splits, {sorted(set(told) - {split})}, the record tells nothing" if len(told) > 1 else ""
+    return Outcome("loads", "passed", f"`load_dataset` reads these files as {config!r}, {split!r}{others}")
 
 
 def _rows(

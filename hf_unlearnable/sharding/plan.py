@@ -19,12 +19,13 @@ from hf_unlearnable.environment import versions
 from hf_unlearnable.keys import Key, subkey
 from hf_unlearnable.poisons.base import Poison
 from hf_unlearnable.protect import PERCEPTUAL_ROWS, PREVIEW_ROWS, check_request, describe_key, label_column
+from hf_unlearnable.sharding.files import SUFFIXES, Container, form_of
 from hf_unlearnable.sharding.storage import Storage
 from hf_unlearnable.sources import Stream
 
 FOLDER = ".shards"
 PLAN = f"{FOLDER}/plan.json"
-SCHEMA = 1
+SCHEMA = 2
 ROWS_PER_SHARD = 10_000
 UNCOUNTED_EVERY = 100
 """Of a source whose rows nobody can count beforehand, PSNR and SSIM are measured on every n-th row of a shard."""
@@ -77,7 +78,8 @@ class Plan:
 
     def file(self, shard: int) -> str:
         """The name of a finished shard; shards are counted from 1, as in --shard 3/64, and files from 0."""
-        return f"data/{self.terms['source']['split']}-{shard - 1:05d}-of-{len(self.parts):05d}.parquet"
+        suffix = SUFFIXES[self.terms["container"]]
+        return f"data/{self.terms['source']['split']}-{shard - 1:05d}-of-{len(self.parts):05d}{suffix}"
 
     def beside(self, shard: int, suffix: str) -> str:
         """The name of what is kept about a shard until the merge."""
@@ -133,23 +135,26 @@ def settle(poison: Poison, features: Mapping[str, Any]) -> Poison:
 
 
 def terms_of(
-    stream: Stream, poison: Poison, *, batch_size: int, on_error: OnError, record_seed: bool
+    stream: Stream, poison: Poison, *, container: Container, batch_size: int, on_error: OnError, record_seed: bool
 ) -> dict[str, Any]:
     """What decides the output. The poison is settled.
 
     Raises:
-        ValueError: anything that cannot be protected, or not in a stream.
+        ValueError: anything that cannot be protected, or not in a stream, or not kept in the container.
     """
     if on_error not in ("stop", "skip"):
         raise ValueError(f'on_error is "stop" or "skip", got {on_error!r}')
+    if container not in SUFFIXES:
+        raise ValueError(f"container is one of {', '.join(SUFFIXES)}, got {container!r}")
     check_request(stream.features, poison, stream.split, batch_size)
     image, needed = poison._columns(stream.features)
     names = columns.class_names(stream.features, poison.label_column) if poison.label_column else None
     if needed is not None:
         poison.check_classes(names, f"column {needed!r}")
-    return {
+    terms = {
         "method": poison.name,
         "settings": poison.settings(),
+        "container": container,
         "image_format": poison.image_format,
         "compress_level": poison.compress_level,
         "key": describe_key(poison, record_seed),
@@ -166,6 +171,8 @@ def terms_of(
         "batch_size": batch_size,
         "versions": versions("pyarrow"),
     }
+    form_of(stream, terms, 1)
+    return terms
 
 
 def make_plan(stream: Stream, terms: dict[str, Any], key: Key, *, shards: int | None, processes: int) -> Plan:

@@ -5,6 +5,7 @@ from collections.abc import Collection, Mapping
 from pathlib import Path
 
 from hf_unlearnable.poisons.base import Poison
+from hf_unlearnable.sharding.files import Container
 from hf_unlearnable.sharding.manifest import Manifest
 from hf_unlearnable.sharding.plan import FOLDER, PLAN, OnError, Plan, make_plan, settle, terms_of
 from hf_unlearnable.sharding.shard import make_shard
@@ -24,6 +25,7 @@ def protect_shards(
     only: Collection[int] | None = None,
     rank: int = 0,
     processes: int = 1,
+    container: Container = "parquet",
     batch_size: int = 500,
     on_error: OnError = "stop",
     record_seed: bool = False,
@@ -31,10 +33,10 @@ def protect_shards(
 ) -> list[int]:
     """Make the shards of an output that are missing; returns those that this call made. `merge` makes the whole.
 
-    The output holds `data/SPLIT-00000-of-000NN.parquet` and, until the merge, `.shards/`: the plan, and for each
-    finished shard its manifest. The shards in the order of their numbers are the source's rows in their order: whole
-    source shards where the source has at least as many, else ranges of rows. Pixels are those of one process; where
-    `poison_rate` is below 1 each row is drawn by itself, as in `ds.map` (`protect` changes an exact count).
+    The output holds `data/SPLIT-00000-of-000NN.parquet` (or `.tar`) and, until the merge, `.shards/`: the plan, and for
+    each finished shard its manifest. The shards in the order of their numbers are the source's rows in their order:
+    whole source shards where the source has at least as many, else ranges of rows. Pixels are those of one process;
+    where `poison_rate` is below 1 each row is drawn by itself, as in `ds.map` (`protect` changes an exact count).
 
     Who comes first writes the plan; whoever comes with other settings, key, source or library versions is refused. Of
     two runs at the same shard the second is refused (a run over several shards makes the others): by a file lock, in
@@ -46,6 +48,7 @@ def protect_shards(
             storage cannot create a file only where it is absent (`Storage.write_new`).
         shards: how many there are in all; None for the plan's, or about one for each 10,000 rows.
         only: their numbers, from 1; None for all, of which process `rank` of `processes` makes its share.
+        container: "parquet", or "webdataset" for tar archives (`files.Archive`), which `publish` does not take.
         batch_size: pictures held at a time; it shapes the files, so that all runs must use the same.
         on_error: "stop" at an unreadable picture, or "skip": its row is left out, and listed with the reason in the
             manifest and in `source["left_out"]` of the record.
@@ -58,7 +61,9 @@ def protect_shards(
     """
     storage = Storage(output)
     poison = settle(poison, stream.features)
-    terms = terms_of(stream, poison, batch_size=batch_size, on_error=on_error, record_seed=record_seed)
+    terms = terms_of(
+        stream, poison, container=container, batch_size=batch_size, on_error=on_error, record_seed=record_seed
+    )
     _check_place(storage, stream)
     plan = Plan.load(storage)
     if plan is None:

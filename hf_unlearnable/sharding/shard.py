@@ -1,16 +1,13 @@
-"""One shard: from a stream's rows to a parquet file and its manifest, a batch at a time."""
+"""One shard: from a stream's rows to a file and its manifest, a batch at a time."""
 
 import hashlib
 import time
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from itertools import islice
-from pathlib import Path
 from typing import Any
 
 import numpy as np
-import pyarrow as pa
-import pyarrow.parquet as pq
 import torch
 from datasets import Features
 from tqdm.auto import tqdm
@@ -21,6 +18,7 @@ from hf_unlearnable.images import Picture, decode, decode_many, digest, encode_m
 from hf_unlearnable.metrics import PixelReport
 from hf_unlearnable.poisons.base import Poison
 from hf_unlearnable.protect import PREVIEW_ROWS, measure
+from hf_unlearnable.sharding.files import SUFFIXES, Writer, form_of, publishable
 from hf_unlearnable.sharding.manifest import Manifest, pack
 from hf_unlearnable.sharding.plan import Plan
 from hf_unlearnable.sharding.storage import Storage
@@ -40,24 +38,23 @@ def make_shard(
     """
     began, part = time.monotonic(), plan.parts[shard - 1]
     storage.remove(plan.beside(shard, ".json"))
+    form = form_of(stream, plan.terms, shard)
     work = _Work(poison, plan, shard, publishable(stream.features))
     name = f"shard {shard}/{len(plan.parts)}"
     with storage.scratch(plan.beside(shard, ".partial")) as folder:
-        file = folder / "shard.parquet"
+        file = folder / f"shard{SUFFIXES[plan.terms['container']]}"
         rows = stream.read(part.first, part.last, part.skip, part.rows)
         try:
             with (
-                pq.ParquetWriter(file, work.features.arrow_schema, compression="none") as writer,
+                form.writer(file) as writer,
                 tqdm(total=part.rows, desc=name, unit="rows", disable=not progress) as bar,
             ):
                 for batch in _batches(rows, plan.terms["batch_size"]):
-                    table = work.batch(batch)
-                    if len(table):
-                        writer.write_table(table, row_group_size=len(table))
+                    work.batch(batch, writer)
                     bar.update(len(batch))
             if part.rows not in (None, work.seen):
                 raise ValueError(f"expected {part.rows} rows, the source gave {work.seen}: has it changed?")
-            work.read_back(file)
+            work.read_back(form.read(file, plan.terms["batch_size"]))
         except (ValueError, TypeError, ArithmeticError) as error:
             counted = "" if part.start is not None else " (rows counted in the shard)"
             kind = type(error) if type(error) in (TypeError, FloatingPointError) else ValueError
@@ -80,16 +77,6 @@ def make_shard(
         storage.put(plan.file(shard), file)
     manifest.save(storage, plan)
     return manifest
-
-
-def publishable(features: Features) -> Features:
-    """The columns as a reader of the output shall see them: pictures decoded."""
-    return Features(
-        {
-            name: replace(feature, decode=True) if hasattr(feature, "decode") else feature
-            for name, feature in features.items()
-        }
-    )
 
 
 def _batches(rows: Iterator[dict[str, Any]], size: int) -> Iterator[list[dict[str, Any]]]:
@@ -120,8 +107,8 @@ class _Work:
         known = known if known is not None else self.poison.known_classes
         self.classes = None if known is None else len(known)
 
-    def batch(self, examples: list[dict[str, Any]]) -> pa.Table:
-        """The published rows of these rows of the source."""
+    def batch(self, examples: list[dict[str, Any]], writer: Writer) -> None:
+        """Write the published rows of these rows of the source."""
         numbers = list(range(self.start + self.seen, self.start + self.seen + len(examples)))
         self.seen += len(examples)
         kept, clean = self._decode([example[self.image] for example in examples], [f"row {n}" for n in numbers])
@@ -148,17 +135,13 @@ class _Work:
             {**example, self.image: {"bytes": data, "path": None}}
             for example, data in zip(examples, stored, strict=True)
         ]
-        table = pa.Table.from_pylist(rows, schema=self.features.arrow_schema)
-        self._tell(self.meant, table)
-        return table
+        self._tell(self.meant, writer.write(rows, where))
 
-    def read_back(self, file: Path) -> None:
+    def read_back(self, batches: Iterator[list[dict[str, Any]]]) -> None:
         """Compare the bytes and the other columns of the file with what was meant, and digest the columns."""
         state, others = hashlib.sha256(), bytearray()
-        with pq.ParquetFile(file) as parquet:
-            for batch in parquet.iter_batches(self.plan.terms["batch_size"]):
-                table = pa.Table.from_batches([batch])
-                others += self._tell(state, table)
+        for rows in batches:
+            others += self._tell(state, rows)
         if state.digest() != self.meant.digest():
             raise ValueError("the file that was written does not hold the rows that were made")
         self.digests["columns"] = others
@@ -191,12 +174,14 @@ class _Work:
                 kept.append(i)
         return kept, pictures
 
-    def _tell(self, state: Any, table: pa.Table) -> bytes:
-        """Add a table to a digest; returns the digests of its other columns."""
-        others = [columns_digest(row) for row in table.drop_columns([self.image]).to_pylist()]
-        for told, value in zip(others, table[self.image].to_pylist(), strict=True):
-            state.update(told + hashlib.sha256(value["bytes"]).digest())
-        return b"".join(others)
+    def _tell(self, state: Any, rows: list[dict[str, Any]]) -> bytes:
+        """Add rows to a digest; returns the digests of their other columns."""
+        others = bytearray()
+        for row in rows:
+            told = columns_digest({name: value for name, value in row.items() if name != self.image})
+            state.update(told + hashlib.sha256(row[self.image]["bytes"]).digest())
+            others += told
+        return bytes(others)
 
     def _remember(
         self, examples: list[dict[str, Any]], numbers: list[int], clean: list[Picture], published: list[Picture]

@@ -5,7 +5,7 @@ import json
 from pathlib import Path
 
 import pytest
-from datasets import Dataset
+from datasets import Dataset, Image
 
 from hf_unlearnable import ArPoison, CudaPoison, OpsPoison, PilPoison, RandomNoisePoison, Surrogate
 from hf_unlearnable.batches import Batches
@@ -15,6 +15,9 @@ from hf_unlearnable.publishing.hub import HubError, Repository
 from hf_unlearnable.publishing.push import publish
 from hf_unlearnable.publishing.verify import Outcome, judged, recognise, verify
 from hf_unlearnable.record import Record
+from hf_unlearnable.sharding.merge import merge
+from hf_unlearnable.sharding.run import protect_shards
+from hf_unlearnable.sources import stream_of
 from tests.conftest import load_script, make_dataset, noise_pictures
 from tests.publishing.local_hub import Hub
 
@@ -57,6 +60,37 @@ def test_an_unfinished_publication_and_a_missing_one(logged_in: Hub, small: Data
     small.push_to_hub(MINE)
     with pytest.raises(FileNotFoundError, match=r"no results/default/record\.json"):
         verify(Repository(MINE), progress=False)
+
+
+def test_files_that_would_be_loaded_besides_are_found(logged_in: Hub, small: Dataset, tmp_path: Path) -> None:
+    repository = Repository(MINE)
+    publish(made(small, CudaPoison(seed=SECRET), tmp_path / "out"), repository, progress=False)
+    assert by_name(verify(repository, progress=False))["loads"].status == "passed"
+    small.to_parquet(tmp_path / "more.parquet")
+    name = "data/train-00001-of-00002.parquet"
+    repository.commit("more", {name: tmp_path / "more.parquet"})
+    found = by_name(verify(repository, progress=False))["loads"]
+    assert (found.status, found.detail) == ("failed", f"{name} is not in the record, of 1 such files")
+    repository.commit("less", {}, [name])
+    readme = repository.text("README.md") or ""
+    repository.commit("elsewhere", {"README.md": readme.replace("data/train-*", "other/train-*")})
+    assert "is not loaded" in by_name(verify(repository, progress=False))["loads"].detail
+    repository.commit("bare", {"README.md": readme.replace("data_files:", "files:")})
+    assert "does not say which files" in by_name(verify(repository, progress=False))["loads"].detail
+
+
+def test_rows_that_were_left_out_are_left_out_of_the_clean_rows(small: Dataset, tmp_path: Path) -> None:
+    stored = small.cast_column("img", Image(decode=False)).to_list()
+    stored[3]["img"]["bytes"] = b"no picture"
+    broken = Dataset.from_list(stored, features=small.features)
+    poison = CudaPoison(seed=SECRET)
+    protect_shards(stream_of(broken, "some"), poison, tmp_path / "out", shards=1, on_error="skip", progress=False)
+    merge(tmp_path / "out", progress=False)
+    found = by_name(verify(tmp_path / "out", clean=broken, key=SECRET, progress=False))
+    assert {outcome.status for outcome in found.values()} == {"passed"}
+    assert found["owner"].detail.startswith("23 pictures recomputed")
+    other = by_name(verify(tmp_path / "out", clean=small.select(range(20)), key=SECRET, progress=False))
+    assert (other["source"].status, other["owner"].status) == ("failed", "not checked")
 
 
 @pytest.mark.parametrize(

@@ -386,5 +386,5 @@ def test_a_damaged_plan(parquet: Path, tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="not a plan"):
         make(parquet, tmp_path / "out")
     path.write_text(json.dumps({**json.loads(text), "schema": 99}))
-    with pytest.raises(ValueError, match="expected schema 1, got 99"):
+    with pytest.raises(ValueError, match="expected schema 2, got 99"):
         make(parquet, tmp_path / "out")

@@ -137,7 +137,7 @@ def test_what_is_wrong_is_said(
 
 def test_flags_that_need_streaming(parquet: Path, tmp_path: Path, script: ModuleType) -> None:
     common = ["--dataset", str(parquet), "--poison", "cuda", "--seed", "7", "--output", str(tmp_path / "out")]
-    for flag, value in (("--shard", "1/3"), ("--num-shards", "3"), ("--on-error", "skip")):
+    for flag, value in (("--shard", "1/3"), ("--num-shards", "3"), ("--on-error", "skip"), ("--container", "parquet")):
         with pytest.raises(SystemExit, match=f"{flag} is for --streaming"):
             script.main([*common, flag, value])
     with pytest.raises(SystemExit, match="ops is fitted to a whole split"):
