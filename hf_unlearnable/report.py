@@ -1,6 +1,7 @@
 """Pictures from results."""
 
 import os
+from collections.abc import Mapping
 from pathlib import Path
 
 from matplotlib.backends.backend_agg import FigureCanvasAgg
@@ -51,26 +52,36 @@ def curves(result: Result, path: str | Path) -> None:
     save(figure, Path(path))
 
 
-def surrogate_curves(surrogate: Surrogate, path: str | Path) -> None:
-    """Draw what a surrogate's training noted, one panel a quantity, as a PNG."""
-    points = surrogate.provenance["curve"]
-    names = list(dict.fromkeys(name for point in points for name in point if name != "step"))
-    figure = Figure(figsize=(5 * max(1, len(names)), 4), layout="constrained")
+def surrogate_curves(surrogates: Mapping[str, Surrogate], path: str | Path) -> None:
+    """Draw what the trainings of surrogates noted, one panel a quantity, as a PNG; their names tell several apart."""
+    points = {name: surrogate.provenance["curve"] for name, surrogate in surrogates.items()}
+    quantities = dict.fromkeys(key for curve in points.values() for point in curve for key in point if key != "step")
+    figure = Figure(figsize=(5 * max(1, len(quantities)), 4), layout="constrained")
     FigureCanvasAgg(figure)
-    known = surrogate.provenance
-    figure.suptitle(
-        f"{surrogate.method}: surrogate {known['backbone']}, {known['data']['rows']:,} rows, {known['steps']:,} steps",
-        fontsize="medium",
-    )
-    for axes, name in zip(figure.subplots(1, max(1, len(names)), squeeze=False)[0], names, strict=False):
-        found = [(point["step"], point[name]) for point in points if name in point]
-        axes.plot(*zip(*found, strict=True), color=COLOURS["train"], marker=_marker(len(found)), markersize=4)
-        axes.set(xlabel="step", ylabel=name)
-        lowest, highest = min(value for _, value in found), max(value for _, value in found)
-        axes.set_ylim(min(0, 1.05 * lowest), max(0, 1.05 * highest) or 1)
+    figure.suptitle("\n".join(dict.fromkeys(map(_title, surrogates.values()))), fontsize="medium")
+    panels = figure.subplots(1, max(1, len(quantities)), squeeze=False)[0]
+    for axes, quantity in zip(panels, quantities, strict=False):
+        shown: list[float] = []
+        for i, (name, curve) in enumerate(points.items()):
+            found = [(point["step"], point[quantity]) for point in curve if quantity in point]
+            if found:
+                colour = COLOURS["train"] if len(points) == 1 else f"C{i}"
+                marker = _marker(len(found))
+                axes.plot(*zip(*found, strict=True), color=colour, marker=marker, markersize=4, label=name)
+                shown += [value for _, value in found]
+        axes.set(xlabel="step", ylabel=quantity)
+        axes.set_ylim(min(0, 1.05 * min(shown)), max(0, 1.05 * max(shown)) or 1)
         axes.xaxis.set_major_locator(MaxNLocator(integer=True))
         axes.grid(alpha=0.3)
+    if len(points) > 1:
+        panels[0].legend(fontsize="small")
     save(figure, Path(path))
+
+
+def _title(surrogate: Surrogate) -> str:
+    known = surrogate.provenance
+    rows, steps = known["data"]["rows"], known["steps"]
+    return f"{surrogate.method}: surrogate {known['backbone']}, {rows:,} rows, {steps:,} steps"
 
 
 def save(figure: Figure, path: Path) -> None:

@@ -150,7 +150,7 @@ def run(arguments: argparse.Namespace, accelerator: Accelerator) -> int:
     )
     if accelerator.is_main_process:
         surrogate.save(output)
-        report.surrogate_curves(surrogate, output.with_suffix(".png"))
+        report.surrogate_curves({output.stem: surrogate}, output.with_suffix(".png"))
         checkpoint.unlink(missing_ok=True)
         print(told(surrogate, output))
     accelerator.wait_for_everyone()
