@@ -8,7 +8,7 @@ from typing import Any, Literal, get_args
 
 OptimizerName = Literal["sgd", "adamw"]
 Schedule = Literal["constant", "step", "cosine", "onecycle"]
-AugmentationName = Literal["crop_flip", "shift_flip", "crop", "flip", "none"]
+AugmentationName = Literal["crop_flip", "shift_flip", "resized_crop_flip", "crop", "flip", "none"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -28,7 +28,8 @@ class Recipe:
             times the weight and the learning rate, taken off the weight ("adamw").
         gradient_clip: largest L2 norm of the whole gradient; None does not clip.
         drop_last: leave out an epoch's last batch where it is not whole.
-        augmentation: "crop_flip", "shift_flip" (bilinear, see `augment.ShiftFlip`), "crop", "flip" or "none".
+        augmentation: "crop_flip", "shift_flip" (bilinear, see `augment.ShiftFlip`), "resized_crop_flip" (at 224 px, see
+            `augment.ResizedCropFlip`), "crop", "flip" or "none".
         crop_padding: zeros added before the crop, as a share of the shorter side (1/8: 4 pixels at 32, 28 at 224);
             the largest shift of "shift_flip", as a share of each side.
         optimizer: "sgd", or "adamw" with betas of 0.9 and 0.999 and an epsilon of 1e-8.

@@ -9,7 +9,7 @@ from accelerate import Accelerator
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from hf_unlearnable.augment import Augmentation, CropFlip, ShiftFlip, take
+from hf_unlearnable.augment import Augmentation, CropFlip, ResizedCropFlip, ShiftFlip, take
 from hf_unlearnable.batches import Batch, Batches
 from hf_unlearnable.images import Images, Pixels, to_float
 from hf_unlearnable.keys import Key, torch_generator
@@ -40,6 +40,8 @@ def standard_augmentation(recipe: Recipe, image_size: tuple[int, int]) -> Augmen
     """The recipe's crop and flip for pictures of this size."""
     if recipe.augmentation == "shift_flip":
         return ShiftFlip(shift=recipe.crop_padding)
+    if recipe.augmentation == "resized_crop_flip":
+        return ResizedCropFlip()
     padding = round(recipe.crop_padding * min(image_size)) if "crop" in recipe.augmentation else 0
     flip = 0.5 if "flip" in recipe.augmentation else 0.0
     return CropFlip(padding=padding, flip=flip) if padding or flip else None

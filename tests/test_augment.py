@@ -4,8 +4,10 @@ import math
 import pytest
 import torch
 from torch import Tensor
+from torchvision.transforms import RandomResizedCrop
+from torchvision.transforms.v2 import functional as tvf
 
-from hf_unlearnable.augment import Augmentation, CropFlip, ShiftFlip, augment, take
+from hf_unlearnable.augment import Augmentation, CropFlip, ResizedCropFlip, ShiftFlip, augment, take
 
 
 def generator(seed: int = 0) -> torch.Generator:
@@ -168,3 +170,68 @@ def test_the_shift_is_differentiable() -> None:
     step[1, 2, 3, 2] = 1e-3
     ahead = (method.apply(x + step, draws) * weights).sum() - (method.apply(x, draws) * weights).sum()
     assert float(found[1, 2, 3, 2]) == pytest.approx(float(ahead.detach()) / 1e-3, rel=1e-4)
+
+
+# ---------------------------------------------------------------------------------------------- resized crop and flip
+
+
+@pytest.mark.parametrize(("height", "width"), [(32, 32), (24, 40), (7, 90)])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_resized_crops_are_torchvisions(height: int, width: int, dtype: torch.dtype) -> None:
+    x, method = pictures(24, height, width, dtype), ResizedCropFlip()
+    before = x.clone()
+    draws = method.draw(len(x), generator=generator())
+    found = method.apply(x, draws)
+    for n, (top, left, high, wide) in enumerate(zip(*method.windows(height, width, draws), strict=True)):
+        box = [int(value) for value in (top, left, high, wide)]
+        expected = tvf.resized_crop(x[n], *box, size=[height, width], antialias=True)
+        expected = expected.flip(2) if draws["mirrored"][n] else expected
+        assert torch.allclose(found[n], expected, atol=2e-5)
+    assert torch.equal(x, before)
+
+
+@pytest.mark.parametrize(("height", "width"), [(32, 32), (24, 40)])
+def test_windows_are_distributed_as_torchvisions(height: int, width: int) -> None:
+    count = 4000
+    method = ResizedCropFlip()
+    ours = torch.stack(method.windows(height, width, method.draw(count, generator=generator())), 1)
+    picture = torch.zeros(3, height, width)
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        theirs = [RandomResizedCrop.get_params(picture, [0.08, 1.0], [3 / 4, 4 / 3]) for _ in range(count)]
+    reference = torch.tensor(theirs, dtype=torch.float64)
+    for column in range(4):
+        a, b = ours[:, column].sort().values, reference[:, column].sort().values
+        points = torch.unique(torch.cat([a, b]))
+        gap = (torch.searchsorted(a, points, right=True) - torch.searchsorted(b, points, right=True)).abs().max()
+        assert gap / count < 1.95 * math.sqrt(2 / count)  # Kolmogorov-Smirnov, p = 0.001
+
+
+def test_windows_of_pictures_that_are_too_long() -> None:
+    method = ResizedCropFlip(area=(1.0, 1.0))
+    draws = method.draw(5, generator=generator())
+    for (height, width), box in (((30, 100), (0, 30, 30, 40)), ((100, 30), (30, 0, 40, 30))):
+        for row in torch.stack(method.windows(height, width, draws), 1).tolist():
+            assert tuple(row) == box
+
+
+def test_a_whole_window_is_the_picture() -> None:
+    method = ResizedCropFlip(area=(1.0, 1.0), ratio=(1.0, 1.0), flip=0.0)
+    for x in (pictures(4, 16, 16), pictures(4, 16, 16, torch.float32)):
+        assert torch.allclose(augment(x, method, generator=generator()), x, atol=1e-6)
+    assert augment(pictures(0, 16, 16), method, generator=generator()).shape == (0, 3, 16, 16)
+
+
+def test_gradients_flow_through_resized_crops() -> None:
+    x, method = pictures(2, 5, 6, torch.float64).requires_grad_(), ResizedCropFlip()
+    draws = method.draw(2, generator=generator())
+    assert torch.autograd.gradcheck(lambda z: method.apply(z, draws), (x,))
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [({"area": (0.0, 1.0)}, "area is"), ({"ratio": (2.0, 1.0)}, "ratio is"), ({"flip": 1.5}, "flip is a probability")],
+)
+def test_resized_crops_that_make_no_sense(settings: dict, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        ResizedCropFlip(**settings)

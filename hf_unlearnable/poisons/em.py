@@ -7,7 +7,7 @@ from typing import Any, ClassVar, Literal
 import torch
 from torch import Tensor
 
-from hf_unlearnable.augment import Augmentation, CropFlip
+from hf_unlearnable.augment import Augmentation, CropFlip, ResizedCropFlip
 from hf_unlearnable.budget import Budget
 from hf_unlearnable.draws import Draws
 from hf_unlearnable.erasing import UeraserAugmentation
@@ -22,7 +22,7 @@ from hf_unlearnable.poisons.with_surrogate import SurrogatePoison, settled
 from hf_unlearnable.recipes import Recipe
 from hf_unlearnable.surrogate import Surrogate
 
-VIEWS = ("none", "crop_flip", "plasma", "shuffle", "plasma-shuffle", "ueraser")
+VIEWS = ("none", "crop_flip", "resized_crop_flip", "plasma", "shuffle", "plasma-shuffle", "ueraser")
 CHUNK = 640
 """Pictures in one pass through the network."""
 REM_RECIPE = dataclasses.replace(RobustEmPoison.recipe, name="em-rem-repo")
@@ -56,9 +56,9 @@ class EmPoison(SurrogatePoison):
         pgd_steps, pgd_step_size: signed descent on the noise. Default: 20 of 0.8/255; "classwise" 1 of 0.8/255;
             "rem-repo" 10 of 1.6/255.
         noise_views: random views of x + delta for the network and for the noise, new ones at every step: "none",
-            "crop_flip", or, against a trainer with UEraser, parts of its chain (plasma pictures, channels in any order)
-            or all of it ("ueraser", with TrivialAugment). With "none" the network's views are the recipe's. Default:
-            "none"; "rem-repo": "crop_flip".
+            "crop_flip", "resized_crop_flip" (at 224 px), or, against a trainer with UEraser, parts of its chain (plasma
+            pictures, channels in any order) or all of it ("ueraser", with TrivialAugment). With "none" the network's
+            views are the recipe's. Default: "none"; "rem-repo": "crop_flip".
         train_steps_per_round: batches that train f in a round.
         stop_error: share of errors of f, in evaluation mode and without views, in [0, 1]. Default: 0.01; "classwise"
             0.1.
@@ -103,7 +103,9 @@ class EmPoison(SurrogatePoison):
     variant: Literal["original", "rem-repo"] = settled("original")
     pgd_steps: int | None = settled(None)
     pgd_step_size: float | None = settled(None)
-    noise_views: Literal["none", "crop_flip", "plasma", "shuffle", "plasma-shuffle", "ueraser"] | None = settled(None)
+    noise_views: (
+        Literal["none", "crop_flip", "resized_crop_flip", "plasma", "shuffle", "plasma-shuffle", "ueraser"] | None
+    ) = settled(None)
     train_steps_per_round: int = settled(10)
     stop_error: float | None = settled(None)
     max_rounds: int = settled(100)
@@ -218,6 +220,8 @@ def views(name: str, image_size: tuple[int, int]) -> Augmentation | None:
         return None
     if name == "crop_flip":
         return CropFlip(padding=round(min(image_size) / 8))
+    if name == "resized_crop_flip":
+        return ResizedCropFlip()
     plasma = 0.5 if name in ("plasma", "plasma-shuffle", "ueraser") else 0.0
     shuffle = 0.5 if name != "plasma" else 0.0
     return UeraserAugmentation(brightness=plasma, contrast=plasma, shuffle=shuffle, trivial=name == "ueraser")

@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor
 
-from hf_unlearnable.augment import CropFlip
+from hf_unlearnable.augment import CropFlip, ResizedCropFlip
 from hf_unlearnable.budget import Budget
 from hf_unlearnable.draws import Draws
 from hf_unlearnable.fitting import Fit, Setup
@@ -40,6 +40,7 @@ class RobustEmPoison(SurrogatePoison):
         adversarial_epsilon: L-inf radius of the adversary, in the frame of t(x + delta); 0 for none.
         adversarial_steps, adversarial_step_size: its signed ascent.
         eot: copies of a picture in the expectation over t.
+        views: t: "crop_flip" with a padding of 1/8 of the shorter side, or "resized_crop_flip" (at 224 px).
 
     Raises:
         ValueError: a budget outside [0, 1], a step size that is not positive, numbers below 1.
@@ -47,8 +48,8 @@ class RobustEmPoison(SurrogatePoison):
     Source: "Robust Unlearnable Examples", `generate_robust_em.py` of its repository (METHODS 6); the class's recipe is
     that of CIFAR-10 there (ImageNet-100: 7 steps of 2/255, adversary 7 of 1/255, eot 4, 3,000 steps).
     Deviations: x + delta is kept in the box after every step. All rows get the noise of the last network: the official
-    code drops the last batch of its final pass. t is crop and flip for large pictures too (official:
-    RandomResizedCrop).
+    code drops the last batch of its final pass. For large pictures t is RandomResizedCrop there, which is
+    views="resized_crop_flip" here; noise and pictures have one size (official: 256 px, of which t cuts 224).
     """
 
     name: ClassVar[str] = "robust-em"
@@ -63,9 +64,12 @@ class RobustEmPoison(SurrogatePoison):
     adversarial_steps: int = settled(10)
     adversarial_step_size: float = settled(0.8 / 255)
     eot: int = 5
+    views: Literal["crop_flip", "resized_crop_flip"] = settled("crop_flip")
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        if self.views not in ("crop_flip", "resized_crop_flip"):
+            raise ValueError(f'views is "crop_flip" or "resized_crop_flip", got {self.views!r}')
         self.noise_pgd((32, 32))
 
     @property
@@ -85,13 +89,15 @@ class RobustEmPoison(SurrogatePoison):
         """The descent that makes the noise."""
         adversary = self.adversary
         inner = {"pgd": adversary, "uniform": adversary and replace(adversary, steps=0), "none": None}[self.inner]
+        small = CropFlip(padding=round(min(image_size) / 8))
+        transform = ResizedCropFlip() if self.views == "resized_crop_flip" else small
         return Pgd(
             budget=Budget("linf", self.epsilon).whole(),
             steps=self.pgd_steps,
             step_size=self.pgd_step_size,
             direction="min",
             init="uniform",
-            augmentation=CropFlip(padding=round(min(image_size) / 8)),
+            augmentation=transform,
             eot=self.eot,
             inner=inner,
             chunk=CHUNK,

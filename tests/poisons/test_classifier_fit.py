@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from accelerate import Accelerator
 
-from hf_unlearnable.augment import CropFlip, ShiftFlip, take
+from hf_unlearnable.augment import CropFlip, ResizedCropFlip, ShiftFlip, take
 from hf_unlearnable.batches import Batches
 from hf_unlearnable.budget import Budget
 from hf_unlearnable.fitting import Setup
@@ -126,7 +126,12 @@ def test_the_adversary_raises_the_loss_of_the_views(rows: Batches, monkeypatch: 
 
 @pytest.mark.parametrize(
     ("name", "augmentation"),
-    [("crop_flip", CropFlip(padding=4)), ("shift_flip", ShiftFlip(shift=0.125)), ("none", None)],
+    [
+        ("crop_flip", CropFlip(padding=4)),
+        ("shift_flip", ShiftFlip(shift=0.125)),
+        ("resized_crop_flip", ResizedCropFlip()),
+        ("none", None),
+    ],
 )
 @pytest.mark.parametrize("adversary", [None, ADVERSARY], ids=["plain", "adversarial"])
 def test_pictures_are_shown_as_the_recipe_says(

@@ -16,7 +16,7 @@ from accelerate import Accelerator
 from accelerate.state import AcceleratorState
 from torch import Tensor, nn
 
-from hf_unlearnable.augment import CropFlip
+from hf_unlearnable.augment import CropFlip, ResizedCropFlip
 from hf_unlearnable.batches import Batches
 from hf_unlearnable.draws import Draws
 from hf_unlearnable.erasing import UeraserAugmentation
@@ -218,10 +218,11 @@ def test_the_network_is_trained_on_all_rows_and_the_noise_made_on_some(
     assert len(fit.rows) == 8
 
 
-@pytest.mark.parametrize("augmentation", ["none", "crop_flip", "ueraser"])
+@pytest.mark.parametrize("augmentation", ["none", "crop_flip", "resized_crop_flip", "ueraser"])
 def test_views_are_for_noise_and_network(augmentation: Any, batches: Batches, accelerator: Accelerator) -> None:
     fit = fit_of(EmPoison(**SMALL, noise_views=augmentation), batches, accelerator)
-    expected = {"none": None, "crop_flip": CropFlip(padding=4), "ueraser": UeraserAugmentation()}[augmentation]
+    known = {"none": None, "crop_flip": CropFlip(padding=4), "resized_crop_flip": ResizedCropFlip()}
+    expected = {**known, "ueraser": UeraserAugmentation()}[augmentation]
     assert fit.augmentation == fit.noise.augmentation == expected
     shown: list[Tensor] = []
     fit.modules["network"].register_forward_pre_hook(lambda module, x: shown.append(x[0].detach().clone()))

@@ -15,6 +15,7 @@ from accelerate.state import AcceleratorState
 from torch import Tensor, nn
 
 from hf_unlearnable import MinMaxMinPoison, RobustEmPoison, SemPoison, Surrogate, create_network
+from hf_unlearnable.augment import CropFlip, ResizedCropFlip
 from hf_unlearnable.batches import Batches
 from hf_unlearnable.draws import Draws
 from hf_unlearnable.fitting import Setup
@@ -252,7 +253,14 @@ def test_errors_say_what_does_not_fit(surrogate: Surrogate, batches: Batches, ac
         fresh.fit(batches, **quick(type(poison), accelerator=accelerator, recipe=recipe))
 
 
-@pytest.mark.parametrize("wrong", [{"epsilon": 2.0}, {"pgd_steps": -1}, {"eot": 0}, {"dar_weight": -1.0}])
+def test_views_of_large_pictures() -> None:
+    assert MinMaxMinPoison().noise_pgd((224, 300)).augmentation == CropFlip(padding=28)
+    assert MinMaxMinPoison(views="resized_crop_flip").noise_pgd((224, 300)).augmentation == ResizedCropFlip()
+
+
+@pytest.mark.parametrize(
+    "wrong", [{"epsilon": 2.0}, {"pgd_steps": -1}, {"eot": 0}, {"dar_weight": -1.0}, {"views": "none"}]
+)
 def test_bad_settings(wrong: dict[str, Any]) -> None:
-    with pytest.raises(ValueError, match="epsilon|steps|eot|dar_weight"):
+    with pytest.raises(ValueError, match="epsilon|steps|eot|dar_weight|views is"):
         MinMaxMinPoison(**wrong)
