@@ -258,9 +258,7 @@ def test_views_of_large_pictures() -> None:
     assert MinMaxMinPoison(views="resized_crop_flip").noise_pgd((224, 300)).augmentation == ResizedCropFlip()
 
 
-@pytest.mark.parametrize(
-    "wrong", [{"epsilon": 2.0}, {"pgd_steps": -1}, {"eot": 0}, {"dar_weight": -1.0}, {"views": "none"}]
-)
+@pytest.mark.parametrize("wrong", [{"epsilon": 2.0}, {"pgd_steps": -1}, {"eot": 0}, {"dar_weight": -1.0}])
 def test_bad_settings(wrong: dict[str, Any]) -> None:
-    with pytest.raises(ValueError, match="epsilon|steps|eot|dar_weight|views is"):
+    with pytest.raises(ValueError, match="epsilon|steps|eot|dar_weight"):
         MinMaxMinPoison(**wrong)
