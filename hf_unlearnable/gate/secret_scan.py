@@ -5,7 +5,7 @@ import mmap
 import os
 import re
 import zlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 
 import pyarrow as pa
@@ -40,19 +40,30 @@ def holds_secret(folder: str | Path, key: Key) -> list[str]:
     folder = Path(folder)
     if not folder.is_dir():
         raise FileNotFoundError(f"there is no folder {folder}")
-    found: dict[str, None] = {}
+    found: list[str] = []
     for place, folders, names in os.walk(folder):
         folders.sort()
         for name in sorted(names):
             path = Path(place) / name
-            told = str(path.relative_to(folder))
-            try:
-                for where, data in _parts(path, told):
-                    for form, pattern in forms:
-                        if _stands_in(data, pattern, digits=form == "decimal digits"):
-                            found[f"{told}: {form}{where}"] = None
-            except (pa.ArrowException, OSError) as error:
-                found[f"{told}: cannot be looked through ({type(error).__name__})"] = None
+            found += _search(path, str(path.relative_to(folder)), forms)
+    return found
+
+
+def files_hold_secret(files: Mapping[str, Path], key: Key) -> list[str]:
+    """The same of single files, by the names that they shall have."""
+    forms = _forms(check_key(key))
+    return [line for name, path in files.items() for line in _search(path, name, forms)]
+
+
+def _search(path: Path, told: str, forms: list[tuple[str, bytes]]) -> list[str]:
+    found: dict[str, None] = {}
+    try:
+        for where, data in _parts(path, told):
+            for form, pattern in forms:
+                if _stands_in(data, pattern, digits=form == "decimal digits"):
+                    found[f"{told}: {form}{where}"] = None
+    except (pa.ArrowException, OSError) as error:
+        found[f"{told}: cannot be looked through ({type(error).__name__})"] = None
     return list(found)
 
 

@@ -18,11 +18,11 @@ from hf_unlearnable.gate import checks
 from hf_unlearnable.gate.secret_scan import holds_secret
 from hf_unlearnable.keys import Key
 from hf_unlearnable.publishing import pages
+from hf_unlearnable.publishing.attachments import evaluation_files
 from hf_unlearnable.publishing.hub import HubError, Repository, asked
 from hf_unlearnable.publishing.readback import Contents, Rows, contents, rows_of
 from hf_unlearnable.record import Record
 
-EVALUATION_TEXT = (".md", ".csv", ".json")
 README = "README.md"
 
 
@@ -95,7 +95,7 @@ def publish(
     )
     if key is not None and (places := holds_secret(folder, key)):
         raise ValueError(f"the key is in {', '.join(places)}: nothing was sent")
-    extra = _evaluation_files([Path(one) for one in evaluations], config)
+    extra: dict[str, str | bytes | Path] = {**evaluation_files([Path(one) for one in evaluations], config, record, key)}
     extra[f"assets/{config}/preview.png"] = folder / "preview.png"
     page = _page(record, repository.repo_id, config, extra, words)
     if dry_run:
@@ -160,21 +160,6 @@ def _data_folder(config: str) -> str:
 
 def _record_file(record: Record, config: str) -> dict[str, str | bytes | Path]:
     return {f"results/{config}/record.json": json.dumps(asdict(record), indent=2, allow_nan=False) + "\n"}
-
-
-def _evaluation_files(folders: Sequence[Path], config: str) -> dict[str, str | bytes | Path]:
-    """Pages and tables to results/, pictures to assets/; of several evaluations, each in a folder of its name."""
-    found: dict[str, str | bytes | Path] = {}
-    for folder in folders:
-        if not (folder / "summary.md").is_file():
-            raise FileNotFoundError(f"expected an evaluation (scripts/evaluate.py) with its summary.md, got {folder}")
-        inner = "" if len(folders) == 1 else f"{folder.name}/"
-        for path in sorted(folder.iterdir()):
-            if path.suffix in EVALUATION_TEXT and path.is_file():
-                found[f"results/{config}/{inner}{path.name}"] = path
-            elif path.suffix == ".png" and path.is_file():
-                found[f"assets/{config}/{inner}{path.name}"] = path
-    return found
 
 
 def _page(

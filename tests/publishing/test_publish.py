@@ -17,7 +17,7 @@ from hf_unlearnable.gate.secret_scan import holds_secret
 from hf_unlearnable.protect import protect
 from hf_unlearnable.publishing import pages
 from hf_unlearnable.publishing.hub import HubError, Repository
-from hf_unlearnable.publishing.push import Words, publish
+from hf_unlearnable.publishing.push import Publication, Words, publish
 from hf_unlearnable.record import Record
 from tests.conftest import make_dataset, noise_pictures, pixels
 from tests.publishing.local_hub import Hub
@@ -32,8 +32,8 @@ def folder(small: Dataset, tmp_path: Path) -> Path:
     return tmp_path / "out"
 
 
-def send(folder: Path, repo_id: str = MINE, **more: object) -> None:
-    publish(folder, Repository(repo_id), progress=False, **more)  # type: ignore[arg-type]
+def send(folder: Path, repo_id: str = MINE, **more: object) -> Publication:
+    return publish(folder, Repository(repo_id), progress=False, **more)  # type: ignore[arg-type]
 
 
 def readme(hub: Hub, repo_id: str = MINE) -> str:
@@ -141,13 +141,48 @@ def test_publishing_again_changes_only_what_is_new(logged_in: Hub, folder: Path)
     assert [r.path for r in logged_in.asked("PUT")][sent:] == []
 
 
+def evaluated(folder: Path, output: Path) -> Path:
+    """What an evaluation of these pictures leaves, as far as publishing looks at it."""
+    digest = Record.load(folder / "record.json").published["pixels_sha256"]
+    (output / "jobs" / f"cuda-{digest[:8]}").mkdir(parents=True)
+    (output / "summary.md").write_text("# Summary\n")
+    shutil.copy(folder / "preview.png", output / "heat-map.png")
+    return output
+
+
+def test_only_what_an_evaluation_writes_is_sent_with_it(logged_in: Hub, folder: Path, tmp_path: Path) -> None:
+    evaluation = evaluated(folder, tmp_path / "eval")
+    for name in ("key.json", "record.json", "notes.md", "selfie.png"):
+        (evaluation / name).write_text("mine\n")
+    files = send(folder, evaluations=[evaluation], dry_run=True).files
+    assert sorted(files) == [f"assets/default/{n}.png" for n in ("heat-map", "preview")] + [
+        f"results/default/{n}" for n in ("record.json", "summary.md")
+    ]
+    assert isinstance(files["results/default/record.json"], str)
+
+
+def test_evaluations_that_are_not_sent(logged_in: Hub, folder: Path, small: Dataset, tmp_path: Path) -> None:
+    evaluation = evaluated(folder, tmp_path / "eval")
+    with pytest.raises(ValueError, match="folders of different names"):
+        send(folder, evaluations=[evaluation, evaluation])
+    (evaluation / "summary.md").write_text("one\nrun in /home/me/secret\n")
+    with pytest.raises(ValueError, match="line 2: holds what looks like a local path"):
+        send(folder, evaluations=[evaluation])
+    (evaluation / "summary.md").write_text(f"key {SECRET.hex()}\n")
+    with pytest.raises(ValueError, match=r"the key is in results/default/summary\.md: hex"):
+        send(folder, evaluations=[evaluation], key=SECRET)
+    protect(small, CudaPoison(seed=bytes(32)), tmp_path / "b", source="small", progress=False)
+    with pytest.raises(ValueError, match="expected an evaluation of these pictures"):
+        send(tmp_path / "b", evaluations=[evaluation])
+    with pytest.raises(FileNotFoundError, match=r"with its summary\.md"):
+        send(folder, evaluations=[tmp_path])
+    assert not logged_in.asked("POST")
+
+
 def test_other_pictures_under_the_same_name_replace_the_old_ones(
     logged_in: Hub, folder: Path, small: Dataset, tmp_path: Path
 ) -> None:
-    evaluation = tmp_path / "eval"
-    evaluation.mkdir()
-    (evaluation / "summary.md").write_text("# Summary\n")
-    shutil.copy(folder / "preview.png", evaluation / "heat-map.png")
+    evaluation = evaluated(folder, tmp_path / "eval")
     send(folder, evaluations=[evaluation])
     assert "results/default/summary.md" in logged_in.files("dataset", MINE)
     assert "(assets/default/heat-map.png)" in readme(logged_in)
