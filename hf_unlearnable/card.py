@@ -161,9 +161,15 @@ def _learnability(found: Mapping[str, Any]) -> float:
     return 2.0 if found["refused"] or found["learnability"] is None else float(found["learnability"]["mean"])
 
 
+def seen_at(setting: Mapping[str, Any]) -> str:
+    """At which size victims saw the pictures, where they were resized for it."""
+    side = setting.get("image_size")
+    return f", resized and cut to {side} x {side} pixels" if side else ""
+
+
 def _sentence(found: Mapping[str, Any]) -> str:
     setting, best = found["setting"], found["learnability"]
-    where = f"{setting['backbone']}, recipe {setting['recipe']}, {setting['train_rows']:,} rows"
+    where = f"{setting['backbone']}, recipe {setting['recipe']}, {setting['train_rows']:,} rows{seen_at(setting)}"
     if found["refused"] or best is None:
         return f"**Nothing is claimed** ({where}): {'; '.join(found['refused'])}."
     clean = "not measured" if found["clean"] is None else f"{100 * found['clean']:.1f} %"
@@ -199,7 +205,7 @@ def _evaluation(found: Mapping[str, Any]) -> dict[str, Any]:
     seeds = ", ".join(map(str, setting["seeds"]))
     sentence = (
         f"Victims: {setting['backbone']}, recipe {setting['recipe']} ({setting['epochs']}), {setting['train_rows']:,} "
-        f"training pictures, training seeds {seeds}; {'; '.join(setting['hardware'])}. "
+        f"training pictures{seen_at(setting)}, training seeds {seeds}; {'; '.join(setting['hardware'])}. "
         f"Chance: {100 * found['chance']:.1f} %."
     )
     return {

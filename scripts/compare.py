@@ -35,7 +35,8 @@ import hf_unlearnable as hu
 from hf_unlearnable import columns, sources
 from hf_unlearnable.batches import Batches, stratified_rows
 from hf_unlearnable.defenses.erm import Erm
-from hf_unlearnable.evaluation.arms import pixels_sha256
+from hf_unlearnable.digests import split_digest
+from hf_unlearnable.images import digest
 from hf_unlearnable.networks import create_network
 from hf_unlearnable.protect import protect
 from hf_unlearnable.recipes import changed, recipe
@@ -125,7 +126,7 @@ def run(arguments: argparse.Namespace, options: list[str]) -> int:
     kept = stratified_rows(torch.tensor(training[label]), min(arguments.rows, len(training)), key=0)
     training = training.select(kept.tolist())
     until = None if arguments.max_minutes is None else time.monotonic() + 60 * arguments.max_minutes
-    protected, wanted = [], pixels_sha256(Batches.load(training, progress=False))
+    protected, wanted = [], split_digest(map(digest, Batches.load(training, progress=False).pixels))
     for seed in arguments.seeds:
         for name in arguments.poisons:
             folder = arguments.output / "protected" / f"{name}-{seed}"

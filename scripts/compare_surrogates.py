@@ -8,7 +8,7 @@
         --output figure-1
 
 With --test-split the curves have the surrogate's accuracy on clean test pictures: Figure 1 of the MMM paper, whose
-claim is that the average-randomness constraint (DAR) keeps it near chance. The folder holds curves.png, README.md (the
+claim is that the average-randomness constraint (DAR) holds it down. The folder holds curves.png, README.md (the
 table that is printed) and curves.json.
 """
 

@@ -70,6 +70,7 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--seeds", type=int, nargs="+", help="of the trainings; default: the suite's")
     parser.add_argument("--rows", type=int, help="training rows, class by class; default: the suite's")
     parser.add_argument("--validation-rows", type=int, help="of the test split; default: a fifth of it")
+    parser.add_argument("--image-size", type=int, help="resize and crop for all victims; default: as they are")
     parser.add_argument("--fractions", type=float, nargs="*", help="shares of protected rows; default: the suite's")
     parser.add_argument("--backbone", help=f"{', '.join(SHORT_NAMES)}, or any name of timm; default: the suite's")
     parser.add_argument("--recipe", choices=RECIPES, help="default: the suite's")
@@ -98,7 +99,7 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
 def chosen_suite(arguments: argparse.Namespace) -> Suite:
     made = suite(arguments.suite)
     names = {"erm", *(arguments.attackers or [one.name for one in made.attackers])}
-    changes = {name: getattr(arguments, name) for name in ("rows", "backbone", "recipe")}
+    changes = {name: getattr(arguments, name) for name in ("rows", "backbone", "recipe", "image_size")}
     changes |= {"seeds": arguments.seeds and tuple(dict.fromkeys(arguments.seeds))}
     changes = {name: value for name, value in changes.items() if value is not None}
     if arguments.fractions is not None:
@@ -148,6 +149,7 @@ def open_output(arguments: argparse.Namespace, made: Suite) -> None:
         "clean": Path(arguments.clean).name if Path(arguments.clean).exists() else arguments.clean,
         "splits": [arguments.config, arguments.train_split, arguments.test_split],
         "rows": made.rows,
+        "image_size": made.image_size,
         "validation_rows": arguments.validation_rows,
         "backbone": made.backbone,
         "recipe": made.recipe,
@@ -156,7 +158,8 @@ def open_output(arguments: argparse.Namespace, made: Suite) -> None:
     noted = output / "setting.json"
     if noted.exists():
         before = json.loads(noted.read_text())
-        if other := {name: value for name, value in before.items() if wanted.get(name) != value}:
+        names = [*before, *(name for name in wanted if name not in before)]
+        if other := {name: before.get(name) for name in names if before.get(name) != wanted.get(name)}:
             raise ValueError(f"{output} holds an evaluation with {other}: choose another --output")
     elif output.exists() and any(output.iterdir()):
         raise ValueError(f"{output} exists and holds no evaluation: choose another --output")
@@ -199,6 +202,7 @@ def work(arguments: argparse.Namespace, queue: Queue) -> int:
         test,
         rows=chosen_suite(arguments).rows,
         validation_rows=arguments.validation_rows,
+        image_size=arguments.image_size,
         image_column=known["image_column"],
         label_column=known["label_column"],
         device=accelerator.device,

@@ -62,7 +62,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "ownership": {"ownership", "poisons"} | L0 | L1,
     "publishing": {"publishing", "gate", "ownership", "digests", "record", "card", "poisons", "surrogate"} | L0 | L1,
     "evaluation": {"evaluation", "result", "victim", "defenses", "poisons", "record", "report", "card"}
-    | {"probes", "detection", "last_layer", "certificate", "reported"}
+    | {"probes", "detection", "last_layer", "certificate", "reported", "digests"}
     | L0
     | L1,
 }

@@ -1,24 +1,26 @@
 """Arms: the training sets that victims are compared on, from published bytes and from the clean rows behind them."""
 
-import hashlib
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import lru_cache
 from pathlib import Path
 from typing import Any, Literal
 
 import torch
-from datasets import Dataset
+from datasets import Dataset, Image
 
-from hf_unlearnable import sources
+from hf_unlearnable import columns, sources
 from hf_unlearnable.batches import Batches, stratified_rows
+from hf_unlearnable.digests import split_digest
 from hf_unlearnable.draws import Draws
-from hf_unlearnable.images import digest, to_float, to_uint8
+from hf_unlearnable.images import decode_many, digest, to_float, to_uint8
 from hf_unlearnable.keys import torch_generator
 from hf_unlearnable.poisons.noise import RandomNoisePoison
 from hf_unlearnable.record import Record
 
 MOST_OVERLAP = 0.01
+_AT_ONCE = 1024
 ArmKind = Literal["protected", "clean", "noise", "shuffled", "mix", "remainder"]
 
 
@@ -60,6 +62,8 @@ class Rows:
         rows: keep so many training rows of every arm, drawn class by class; None for all.
         image_column, label_column: of both clean splits; None finds them.
         validation_rows: how many; None for a fifth of the split, or five a class where that is more.
+        image_size: victims see all pictures resized and cut to squares of this side (as `Batches.load` does it); None:
+            as they are, and then they must be of one size.
 
     Raises:
         ValueError: too few rows to choose on, test pictures of another size, or more than one in a hundred that are
@@ -73,15 +77,19 @@ class Rows:
         *,
         rows: int | None,
         validation_rows: int | None = None,
+        image_size: int | None = None,
         image_column: str | None = None,
         label_column: str | None = None,
         device: str | torch.device = "cpu",
         progress: bool = True,
     ) -> None:
-        how: dict[str, Any] = {"device": device, "progress": progress}
+        self._how: dict[str, Any] = {"device": device, "progress": progress, "image_size": image_size}
         which = {"image_column": image_column, "label_column": label_column}
-        self.clean = Batches.load(training, **which, **how)
-        held, self.left_out = _apart(Batches.load(test, **which, **how).relabel(self.clean.classes), self.clean)
+        self.clean, self._clean_digests = _load(training, **which, **self._how)
+        held, digests = _load(test, **which, **self._how)
+        kept = _apart(digests, self._clean_digests)
+        self.left_out = len(held) - len(kept)
+        held = held.relabel(self.clean.classes).select(kept)
         if held.image_size != self.clean.image_size:
             raise ValueError(f"expected test pictures of {self.clean.image_size} pixels, got {held.image_size}")
         least = 5 * len(self.clean.classes)
@@ -94,10 +102,10 @@ class Rows:
         chosen = torch.zeros(len(held), dtype=torch.bool)
         chosen[stratified_rows(held.labels.cpu(), validation_rows, key=0)] = True
         self.validation, self.test = held.select(chosen.nonzero()[:, 0]), held.select((~chosen).nonzero()[:, 0])
-        self.rows, self._how = rows, how
-        self._digests: dict[bytes, int] = {}
-        for row, plane in enumerate(held.pixels.cpu()):
-            self._digests.setdefault(digest(plane), row)
+        self.rows = rows
+        self._test_rows: dict[bytes, int] = {}
+        for row, place in enumerate(kept):
+            self._test_rows.setdefault(digests[place], row)
 
     def training(self, arm: Arm) -> Batches:
         """The training rows of an arm.
@@ -136,10 +144,9 @@ class Rows:
         record = Record.load(path / "record.json")
         split, source = record.source["split"], record.source
         dataset = sources.load_split(path, split)
-        published = Batches.load(
-            dataset, image_column=source["image_column"], label_column=source["label_column"], **self._how
-        )
-        found = pixels_sha256(published)
+        which = {"image_column": source["image_column"], "label_column": source["label_column"]}
+        published, digests = _load(dataset, **which, **self._how)
+        found = split_digest(digests)
         if found != record.published["pixels_sha256"]:
             raise ValueError(
                 f"{path}: the pictures are not those of its record ({found[:12]}... in place of "
@@ -147,7 +154,9 @@ class Rows:
             )
         clean = self._behind(record, len(published), path)
         _check_pair(published, clean, path)
-        self._check_apart(published, str(path))
+        for row, known in enumerate(digests):
+            if (same := self._test_rows.get(known)) is not None:
+                raise ValueError(f"row {row} of {path} is also test row {same}: a test on trained rows says nothing")
         return published, clean
 
     def _few(self, split: Batches) -> Batches:
@@ -161,42 +170,46 @@ class Rows:
         if count > len(self.clean):
             raise ValueError(f"{path} has {count} rows, the clean dataset {len(self.clean)}")
         for candidate in (torch.arange(count), stratified_rows(self.clean.labels.cpu(), count, key=0)):
-            rows = self.clean.select(candidate)
-            if pixels_sha256(rows) == wanted:
-                return rows
+            if split_digest(self._clean_digests[row] for row in candidate.tolist()) == wanted:
+                return self.clean.select(candidate)
         raise ValueError(
             f"{path}: its {count} rows were not made of the first, nor of evenly drawn, rows of this clean dataset: "
             "give the one that was protected (--clean)"
         )
 
-    def _check_apart(self, split: Batches, what: str) -> None:
-        for row, plane in enumerate(split.pixels.cpu()):
-            if (same := self._digests.get(digest(plane))) is not None:
-                raise ValueError(f"row {row} of {what} is also test row {same}: a test on trained rows says nothing")
+
+def _load(
+    dataset: Dataset, *, image_column: str | None, label_column: str | None, image_size: int | None, **how: Any
+) -> tuple[Batches, list[bytes]]:
+    """A split, and the digests of its pictures as they are stored, whatever size they are then seen at."""
+    found = Batches.load(dataset, image_column=image_column, label_column=label_column, image_size=image_size, **how)
+    if image_size is None:
+        return found, [digest(plane) for plane in found.pixels.cpu()]
+    column = columns.image_column(dataset.features, image_column)
+    stored = dataset.with_format(None).select_columns(column).cast_column(column, Image(decode=False))
+    digests: list[bytes] = []
+    for start in range(0, len(stored), _AT_ONCE):
+        digests += [digest(picture.pixels) for picture in decode_many(stored[start : start + _AT_ONCE][column])]
+    return found, digests
 
 
-def _apart(test: Batches, training: Batches) -> tuple[Batches, int]:
-    """The test rows without those that are training rows too, and how many these were."""
-    if not len(test):
+def _apart(test: Sequence[bytes], training: Sequence[bytes]) -> list[int]:
+    """The test rows that are not training rows too.
+
+    Raises:
+        ValueError: there are none, or more than one in a hundred are.
+    """
+    if not test:
         raise ValueError("expected test rows, got none")
-    known = {digest(plane) for plane in training.pixels.cpu()}
-    same = torch.tensor([digest(plane) in known for plane in test.pixels.cpu()])
-    count = int(same.sum())
-    if count > MOST_OVERLAP * len(test):
-        first = int(same.nonzero()[0])
+    known = set(training)
+    same = [row for row, own in enumerate(test) if own in known]
+    if len(same) > MOST_OVERLAP * len(test):
         raise ValueError(
-            f"{count} of {len(test)} test rows (the first is row {first}) are among the training rows: a test on "
+            f"{len(same)} of {len(test)} test rows (the first is row {same[0]}) are among the training rows: a test on "
             "trained rows says nothing"
         )
-    return (test.select((~same).nonzero()[:, 0]) if count else test), count
-
-
-def pixels_sha256(split: Batches) -> str:
-    """SHA-256 over the digests of all pictures in order, as in a record."""
-    state = hashlib.sha256()
-    for plane in split.pixels.cpu():
-        state.update(digest(plane))
-    return state.hexdigest()
+    left = set(same)
+    return [row for row in range(len(test)) if row not in left]
 
 
 def _first(count: int, fraction: float) -> torch.Tensor:

@@ -64,6 +64,7 @@ class Suite:
         backbone, recipe: of the victims.
         seeds: of the trainings.
         rows: the most training rows; None for all.
+        image_size: side in pixels that victims see pictures at; None: as they are.
         attackers: the first is plain training.
         fractions: shares of protected rows, mixed with clean ones, under plain training.
         least_train_accuracy: what plain training must reach on the published rows, or its figures are refused as those
@@ -78,6 +79,7 @@ class Suite:
     attackers: tuple[Attacker, ...]
     fractions: tuple[float, ...] = ()
     least_train_accuracy: float | None = None
+    image_size: int | None = None
 
 
 def _attacker(name: str, *defenses: Defense | DataDefense, **more: Any) -> Attacker:

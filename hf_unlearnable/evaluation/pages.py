@@ -6,6 +6,7 @@ import math
 from collections.abc import Sequence
 from typing import Any
 
+from hf_unlearnable.card import seen_at
 from hf_unlearnable.evaluation.findings import Cell, Spread, Verdict
 
 COLUMNS = ("last", "selected", "oracle")
@@ -60,8 +61,8 @@ def _sentence(setting: dict[str, Any]) -> str:
     hardware, seeds = "; ".join(setting["hardware"]), ", ".join(map(str, setting["seeds"]))
     return (
         f"{setting['dataset']}: {setting['train_rows']:,} training rows, {setting['validation_rows']:,} clean rows to "
-        f"choose on, {setting['test_rows']:,} clean test rows. Victims: {setting['backbone']}, recipe "
-        f"{setting['recipe']} ({setting['epochs']}), training seeds {seeds}. {hardware}."
+        f"choose on, {setting['test_rows']:,} clean test rows{seen_at(setting)}. Victims: {setting['backbone']}, "
+        f"recipe {setting['recipe']} ({setting['epochs']}), training seeds {seeds}. {hardware}."
     )
 
 

@@ -148,6 +148,7 @@ def report(
         "train_rows": max(o.result.train_rows for o in done if o.result),
         "validation_rows": result.validation_rows,
         "test_rows": result.test_rows,
+        **({"image_size": suite.image_size} if suite.image_size else {}),
         "backbone": suite.backbone,
         "recipe": suite.recipe,
         "epochs": _length(suite),
@@ -160,6 +161,7 @@ def report(
     main = [cell for cell in found if cell.arm in ("clean", *labels)]
     (output / "matrix.md").write_text(pages.matrix(main) + "\n")
     title = f"{setting['dataset']}, {setting['train_rows']:,} rows, {suite.backbone}, recipe {suite.recipe}"
+    title += f", {suite.image_size} px" if suite.image_size else ""
     if any(cell.selected for cell in main):
         pictures.heat_map(main, output / "heat-map.png", title=title, chance=chance)
     for told in verdicts:
@@ -187,10 +189,10 @@ def _note(folder: Path, told: Verdict, found: Sequence[Cell], setting: dict[str,
         ours = not page.exists() or page.read_text() == card.local_page(record)
         entry = {"setting": {**setting, "seeds": list(setting["seeds"])}, **asdict(told)}
         entry["cells"] = [asdict(cell) for cell in found]
-        same = ("dataset", "train_rows", "backbone", "recipe")
+        same = ("dataset", "train_rows", "image_size", "backbone", "recipe")
 
         def outdone(other: dict[str, Any]) -> bool:
-            alike = all(other["setting"].get(name) == entry["setting"][name] for name in same)
+            alike = all(other["setting"].get(name) == entry["setting"].get(name) for name in same)
             return alike and set(other["measured"]) <= set(told.measured)
 
         record.results[:] = [*(one for one in record.results if not outdone(one)), entry]

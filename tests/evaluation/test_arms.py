@@ -11,9 +11,12 @@ from datasets import DatasetDict, concatenate_datasets
 
 from hf_unlearnable import LspPoison
 from hf_unlearnable.batches import Batches, stratified_rows
-from hf_unlearnable.evaluation.arms import Arm, Rows, pixels_sha256
+from hf_unlearnable.digests import split_digest
+from hf_unlearnable.evaluation.arms import Arm, Rows
 from hf_unlearnable.evaluation.protocol import protected_arms
+from hf_unlearnable.images import digest
 from hf_unlearnable.protect import protect
+from tests.conftest import make_dataset, noise_pictures
 
 
 def rows_of(shapes: DatasetDict, **changes) -> Rows:
@@ -35,8 +38,28 @@ def test_the_protected_arm_is_what_was_published_and_clean_what_is_behind(
     assert torch.equal(published.pixels, expected.pixels)
     assert torch.equal(clean.pixels, Batches.load(shapes["train"], progress=False).pixels)
     record = json.loads((protected_once[0] / "record.json").read_text())
-    assert pixels_sha256(published) == record["published"]["pixels_sha256"]
-    assert pixels_sha256(clean) == record["source"]["pixels_sha256"]
+    assert split_digest(map(digest, published.pixels)) == record["published"]["pixels_sha256"]
+    assert split_digest(map(digest, clean.pixels)) == record["source"]["pixels_sha256"]
+
+
+def test_pictures_of_any_size_are_seen_at_one(tmp_path: Path) -> None:
+    sizes = [(40, 56), (33, 33), (64, 40)]
+    pictures = [noise_pictures(1, *sizes[i % 3], seed=i)[0] for i in range(60)]
+    splits = [make_dataset(pictures[:40], [i % 2 for i in range(40)], classes=2)]
+    splits.append(make_dataset(pictures[40:], [i % 2 for i in range(20)], classes=2))
+    train, test = splits
+    protect(train, LspPoison(seed=0, num_classes=2), tmp_path / "out", source="any", progress=False)
+    how = {"rows": None, "validation_rows": 10, "progress": False}
+    with pytest.raises(ValueError, match="of one size|of the same size|pixels"):
+        Rows(train, test, **how)
+    rows = Rows(train, test, image_size=24, **how)
+    expected = Batches.load(LspPoison(seed=0, num_classes=2).apply(train), image_size=24, progress=False)
+    assert torch.equal(rows.training(arm("protected", tmp_path / "out")).pixels, expected.pixels)
+    clean = Batches.load(train, image_size=24, progress=False)
+    assert torch.equal(rows.training(arm("clean", tmp_path / "out")).pixels, clean.pixels)
+    assert rows.test.image_size == (24, 24)
+    with pytest.raises(ValueError, match="40 of 40 test rows .* are among the training rows"):
+        Rows(train, train, image_size=24, **how)
 
 
 def test_validation_and_test_rows_part_the_test_split_evenly(shapes: DatasetDict) -> None:
