@@ -53,6 +53,8 @@ class Record:
         try:
             values = json.loads(Path(path).read_text())
             schema = values["schema"]
+            if not isinstance(schema, int) or schema < 1:
+                raise TypeError(f"its schema is {schema!r}")
         except (json.JSONDecodeError, KeyError, TypeError) as error:
             raise ValueError(f"{path}: expected a record in JSON, got {type(error).__name__}: {error}") from error
         if schema > SCHEMA:

@@ -32,6 +32,7 @@ CHECKS = (
     Check("blank", "no picture is of one colour, unless the clean one is", acceptable=True),
     Check("unchanged", "the rows that were to be changed are, and the others are not", acceptable=True),
     Check("budget", "no picture is changed by more than its budget, in whole 255ths"),
+    Check("measures", "what the record measured is what the pixels beside the clean ones give"),
     Check("paths", "no column and no text holds local paths, EXIF, GPS or camera data", acceptable=True),
 )
 ACCEPTABLE = tuple(known.name for known in CHECKS if known.acceptable)
@@ -117,7 +118,7 @@ def _inspect(
         found += check_files(folder, record)
     if record is not None:
         found += check_key(record, allow_guessable_key=allow_guessable_key)
-        problems, files = check_parquet(folder, record)
+        problems, files = check_parquet({name: folder / name for name in sorted(record.published["files"])}, record)
         found += problems
         if files:
             found += check_rows(files, record, clean, progress=progress, batch_size=batch_size)

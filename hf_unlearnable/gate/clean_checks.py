@@ -1,6 +1,8 @@
 """A protected folder beside the clean rows it was made of, batch by batch."""
 
 import hashlib
+import math
+from collections.abc import Iterator
 from typing import Any, cast
 
 import numpy as np
@@ -11,7 +13,10 @@ from datasets import Dataset, Features, Image
 from hf_unlearnable.budget import Budget
 from hf_unlearnable.gate.finding import Problems
 from hf_unlearnable.images import Picture, Pixels, decode, decode_many, digest
+from hf_unlearnable.metrics import PixelReport
 from hf_unlearnable.record import Record
+
+_CLOSE = 1e-4
 
 
 def without_left_out(clean: Dataset, record: Record) -> Dataset:
@@ -48,6 +53,7 @@ class Beside:
         self.budgets = budgets_of(record)
         self.problems = Problems()
         self.compared = self.changed = 0
+        self.report = PixelReport(perceptual_every=math.ceil(len(clean) / record.pixels["perceptual_rows"]))
         self._sizes: list[np.ndarray] = []
         self._digests = hashlib.sha256()
 
@@ -93,6 +99,7 @@ class Beside:
             self.problems.add("unchanged", "the clean picture as it was, though it was to be changed", rows[i])
         if self.budgets:
             self._measure(difference, rows)
+        self.report.update(old, new, rows)
         self.compared += len(rows)
         self.changed += int(changed.sum())
 
@@ -105,6 +112,27 @@ class Beside:
         for i in np.flatnonzero(found > largest.epsilon + 1e-6):
             told = f"{largest.norm} {unit * found[i]:g}{name} in place of {unit * largest.epsilon:g}{name}"
             self.problems.add("budget", "over the budget of the record", rows[i], told)
+
+    def misreported(self, record: Record) -> Iterator[str]:
+        """Figures of the record that these pixels do not give; of PSNR and SSIM on some of the rows, which may be
+        others than here, the mean alone, within ten standard errors."""
+        told, found = record.pixels, self.report.summary()
+        whole = told["perceptual_rows"] == told["rows"]
+        for name in ("values_changed", "values_clipped"):
+            if not math.isclose(told[name], found[name], rel_tol=_CLOSE, abs_tol=_CLOSE):
+                yield f"the record says {name} {told[name]:g}, beside the clean rows it is {found[name]:g}"
+        for name in ("linf_levels", "l2", "l0_pixels", "mean_shift_levels", "psnr_db", "ssim"):
+            said, got = told[name], found[name]
+            if said is None or got is None:
+                if said is not got:
+                    yield f"the record says {name} {said}, beside the clean rows it is {got}"
+                continue
+            some = name in ("psnr_db", "ssim") and not whole
+            slack = 10 * got["sd"] * math.sqrt(2 / told["perceptual_rows"]) if some else 0.0
+            for part in ("mean",) if some else got:
+                if not math.isclose(said[part], got[part], rel_tol=_CLOSE, abs_tol=_CLOSE + slack):
+                    yield f"the record says {name} {part} {said[part]:g}, beside the clean rows it is {got[part]:g}"
+                    break
 
     def beyond_their_number(self) -> int:
         """Of budgets that depend on the size of a picture: how many changes do not fit into so many of each."""

@@ -3,7 +3,7 @@
 import json
 import os
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -120,14 +120,17 @@ def _side_file(name: str, path: Path) -> Iterator[Finding]:
         yield Finding("paths", f"{name} holds what looks like {what}")
 
 
-def check_parquet(folder: Path, record: Record) -> tuple[list[Finding], list[Path]]:
-    """What the parquet files say beside their rows; and the files, in order, if their rows can be read and compared."""
+def check_parquet(files_by_name: Mapping[str, Path], record: Record) -> tuple[list[Finding], list[Path]]:
+    """What the parquet files say beside their rows; and the files, in order, if their rows can be read and compared.
+
+    Args:
+        files_by_name: where each file of the record is, in their order.
+    """
     found: list[Finding] = []
     files: list[Path] = []
     schemas: list[pa.Schema] = []
     rows = 0
-    for name in sorted(record.published["files"]):
-        path = folder / name
+    for name, path in files_by_name.items():
         if not path.is_file():
             continue
         try:

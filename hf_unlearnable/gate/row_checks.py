@@ -155,6 +155,8 @@ class _Rows:
             found.append(Finding("source", "labels or other columns are not those of the record (columns_sha256)"))
         found += [Finding("unchanged", problem) for problem in self._miscounted(beside)]
         found += [Finding("budget", problem) for problem in self._misbudgeted(beside)]
+        if beside is not None and beside.compared == self.count and not found:
+            found += [Finding("measures", problem) for problem in beside.misreported(self.record)]
         return found
 
     def _miscounted(self, beside: Beside | None) -> Iterator[str]:

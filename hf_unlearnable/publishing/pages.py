@@ -39,19 +39,24 @@ def put(readme: str | None, config: str, page: str, front: Mapping[str, Any]) ->
     """The README with the part of one configuration put in, or replaced; other text and metadata are kept.
 
     Values of the front matter that are already there win, but for the lists of `tags`, `task_categories` and
-    `size_categories`, to which ours are added.
+    `size_categories`, to which ours are added, and for another licence, which is an error.
 
     Raises:
-        ValueError: front matter that is no YAML mapping, or an opening mark without its end.
+        ValueError: front matter that is no YAML mapping, an opening mark without its end, another licence, or words
+            with an HTML comment, which would be taken for a mark.
     """
+    if "<!--" in page or "-->" in page:
+        raise ValueError("expected names and words without HTML comments (<!-- -->), got one in the card's text")
     data, text = split(readme or "")
     for name, value in front.items():
         if isinstance(value, list):
             own = data.get(name) or []
             own = own if isinstance(own, list) else [own]
             data[name] = [*own, *(one for one in value if one not in own)]
-        else:
-            data.setdefault(name, value)
+        elif data.setdefault(name, value) != value and name == "license":
+            raise ValueError(
+                f"README.md: its metadata say license {data[name]!r}, expected {value!r}: change one of them"
+            )
     begin, end = _marks(config)
     part = f"{begin}\n{page.strip()}\n{end}"
     if begin not in text:

@@ -15,11 +15,12 @@ from hf_unlearnable import columns
 from hf_unlearnable.digests import file_digest
 from hf_unlearnable.gate.checks import CHECKS
 from hf_unlearnable.gate.clean_checks import without_left_out
-from hf_unlearnable.gate.record_checks import disagreements, lacking
+from hf_unlearnable.gate.folder_checks import check_parquet
+from hf_unlearnable.gate.record_checks import check_key, disagreements, lacking
 from hf_unlearnable.gate.row_checks import check_rows
 from hf_unlearnable.images import Picture, decode_many
 from hf_unlearnable.keys import Key, commitment
-from hf_unlearnable.ownership.proof import Proof, Unprovable, prove
+from hf_unlearnable.ownership.proof import Proof, prove
 from hf_unlearnable.poisons.base import Poison
 from hf_unlearnable.poisons.with_surrogate import SurrogatePoison
 from hf_unlearnable.publishing import pages
@@ -86,18 +87,23 @@ def verify(
     if wrong := [*lacking(record)] or [*disagreements(record)]:
         return [*done, Outcome("record", "failed", "; ".join(wrong))]
     done.append(Outcome("record", "passed", "complete, and of one mind"))
+    wrong = "; ".join(finding.problem for finding in check_key(record, allow_guessable_key=True))
+    done.append(_outcome("key", not wrong, "the record tells of it what it should", wrong))
     clean = None if clean is None else without_left_out(clean, record)
     paths, outcome = _files(files, record)
     done.append(outcome)
     if isinstance(source, Repository):
         done.append(_what_loads(source, record, config))
     if outcome.status == "passed":
-        done += _rows(paths, record, clean, batch_size, progress)
+        done += _rows(dict(zip(_named(record), paths, strict=True)), record, clean, batch_size, progress)
     if key is not None:
         done.append(_commitment(record, key))
     if key is not None or surrogate is not None:
-        if any(one.name == "source" and one.status == "failed" for one in done) and clean is not None:
+        failed = [one.name for one in done if one.status == "failed"]
+        if clean is not None and "source" in failed:
             done.append(Outcome("owner", "not checked", "the clean rows are not those of the record"))
+        elif "parquet" in failed:
+            done.append(Outcome("owner", "not checked", "the files cannot be read as the record says"))
         elif outcome.status == "passed":
             done.append(_whose(paths, record, clean, key, surrogate, decoys, batch_size, progress))
     else:
@@ -160,7 +166,7 @@ def _outcome(name: str, good: bool, passed: str, failed: str) -> Outcome:
 
 def _named(record: Record) -> list[str]:
     files = record.published.get("files") if isinstance(record.published, dict) else None
-    return list(files) if isinstance(files, dict) else []
+    return sorted(files) if isinstance(files, dict) else []
 
 
 def _files(files: dict, record: Record) -> tuple[list[Path], Outcome]:
@@ -172,7 +178,9 @@ def _files(files: dict, record: Record) -> tuple[list[Path], Outcome]:
             return paths, Outcome("files", "failed", f"{name} is missing")
         if not path.is_file():
             return paths, Outcome("files", "failed", f"{name} is missing")
-        wanted = record.published["files"][name]["sha256"]
+        wanted, size = record.published["files"][name]["sha256"], record.published["files"][name]["bytes"]
+        if (found := path.stat().st_size) != size:
+            return paths, Outcome("files", "failed", f"{name}: expected {size} bytes, got {found}")
         if (got := file_digest(path)) != wanted:
             return paths, Outcome("files", "failed", f"{name}: expected SHA-256 {wanted}, got {got}")
         paths.append(path)
@@ -196,11 +204,14 @@ def _what_loads(repository: Repository, record: Record, config: str) -> Outcome:
 
 
 def _rows(
-    paths: Sequence[Path], record: Record, clean: Dataset | None, batch_size: int, progress: bool
+    files: dict[str, Path], record: Record, clean: Dataset | None, batch_size: int, progress: bool
 ) -> list[Outcome]:
-    """The gate's checks of rows, one outcome for each."""
-    found = check_rows(paths, record, clean, progress=progress, batch_size=batch_size)
-    beside = {"source", "unchanged", "budget"}
+    """The gate's checks of files and rows, one outcome for each."""
+    found, readable = check_parquet(files, record)
+    if not readable:
+        return [Outcome("parquet", "failed", "; ".join(finding.problem for finding in found))]
+    found += check_rows(readable, record, clean, progress=progress, batch_size=batch_size)
+    beside = {"source", "unchanged", "budget", "measures"}
     done = []
     for check in (check for check in CHECKS if check.name not in ("record", "key", "files")):
         problems = [finding.problem for finding in found if finding.check == check.name]
@@ -234,19 +245,16 @@ def _whose(
 ) -> Outcome:
     try:
         poison = rebuild(record, key, surrogate=surrogate, clean=clean)
-    except ValueError as error:
+        rows = rows_of(paths, record.source["image_column"], batch_size)
+        if clean is not None:
+            return _recomputed(rows, record, clean, poison, progress)
+        label = record.source["label_column"]
+        if label is None:
+            return Outcome("owner", "not checked", "without labels, this takes the clean rows")
+        labelled = ((some.pictures, some.labels(label)) for some in rows)
+        return judged(prove(labelled, poison, decoys=decoys, progress=progress))
+    except (ValueError, TypeError, ArithmeticError, KeyError) as error:  # settings that are none, unreadable pictures
         return Outcome("owner", "not checked", str(error))
-    rows = rows_of(paths, record.source["image_column"], batch_size)
-    if clean is not None:
-        return _recomputed(rows, record, clean, poison, progress)
-    label = record.source["label_column"]
-    if label is None:
-        return Outcome("owner", "not checked", "without labels, this takes the clean rows")
-    try:
-        proof = prove(((some.pictures, some.labels(label)) for some in rows), poison, decoys=decoys, progress=progress)
-    except Unprovable as error:
-        return Outcome("owner", "not checked", str(error))
-    return judged(proof)
 
 
 def _recomputed(rows: Iterator[Rows], record: Record, clean: Dataset, poison: Poison, progress: bool) -> Outcome:

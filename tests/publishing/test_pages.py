@@ -17,7 +17,7 @@ def test_a_new_readme_is_our_part_alone() -> None:
 
 
 def test_foreign_text_and_metadata_are_kept() -> None:
-    made = pages.put(FOREIGN, "default", "ours", {"tags": ["mine", "a"], "license": "cc0-1.0", "pretty_name": "P: x"})
+    made = pages.put(FOREIGN, "default", "ours", {"tags": ["mine", "a"], "license": "mit", "pretty_name": "P: x"})
     data, text = pages.split(made)
     assert data == {
         "license": "mit",
@@ -29,6 +29,13 @@ def test_foreign_text_and_metadata_are_kept() -> None:
     again = pages.put(made, "default", "other", {"tags": ["a"]})
     assert pages.part_of(again, "default") == "other"
     assert again.replace("other", "ours") == made
+
+
+def test_another_licence_and_comments_in_words_are_errors() -> None:
+    with pytest.raises(ValueError, match="license 'mit', expected 'cc0-1.0'"):
+        pages.put(FOREIGN, "default", "ours", {"license": "cc0-1.0"})
+    with pytest.raises(ValueError, match="without HTML comments"):
+        pages.put(None, "default", "# A <!-- end of hf_unlearnable: default --> title", {})
 
 
 def test_every_configuration_has_its_part_and_what_follows_stays_behind() -> None:

@@ -173,7 +173,7 @@ def test_pictures_that_somebody_recompressed_are_no_longer_those_of_the_record(s
     Dataset.from_parquet(str(folder / name), cache_dir=str(tmp_path / "cache")).map(worse).to_parquet(folder / name)
     from hf_unlearnable.digests import file_digest
 
-    record.published["files"][name]["sha256"] = file_digest(folder / name)
+    record.published["files"][name] = {"sha256": file_digest(folder / name), "bytes": (folder / name).stat().st_size}
     record.save(folder / "record.json")
     found = by_name(verify(folder, clean=small, key=SECRET, progress=False))
     assert found["files"].status == "passed"
@@ -217,3 +217,64 @@ def test_the_script_ends_with_what_it_found(small: Dataset, tmp_path: Path, caps
     assert "FAILED: commitment, owner" in capsys.readouterr().out
     assert script.main([str(tmp_path / "nothing" / "here" / "at-all")]) == 2
     assert "verify.py: " in capsys.readouterr().err
+
+
+def test_a_second_configuration_is_verified_too(logged_in: Hub, small: Dataset, tmp_path: Path) -> None:
+    publish(made(small, CudaPoison(seed=SECRET), tmp_path / "out"), Repository(MINE), progress=False)
+    half = made(small, CudaPoison(seed=SECRET, poison_rate=0.5), tmp_path / "half")
+    publish(half, Repository(MINE), config="rate-50", progress=False)
+    found = by_name(verify(Repository(MINE), config="rate-50", clean=small, key=SECRET, progress=False))
+    assert not [outcome for outcome in found.values() if outcome.status != "passed"]
+    assert found["owner"].detail.startswith("12 pictures recomputed")
+
+
+@pytest.mark.parametrize(
+    ("part", "change", "check"),
+    [
+        ("source", {"image_column": "x"}, "parquet"),
+        ("source", {"label_column": "x"}, "parquet"),
+        ("source", {"classes": ["a", "b", "c", "d"]}, "parquet"),
+        ("key", {"kind": "x"}, "key"),
+        ("key", {"commitment": None}, "key"),
+        ("key", {"commitment": "sha256:00"}, "key"),
+        ("settings", {"seed": 7}, "key"),
+        ("settings", {"num_classes": 10**30}, "owner"),
+        ("settings", {"kernel_size": 10**30}, "owner"),
+    ],
+)
+def test_records_that_say_what_is_not_so(
+    small: Dataset, tmp_path: Path, part: str, change: dict[str, object], check: str
+) -> None:
+    folder = made(small, CudaPoison(seed=SECRET), tmp_path / "out")
+    record = json.loads((folder / "record.json").read_text())
+    record[part] |= change
+    (folder / "record.json").write_text(json.dumps(record))
+    found = by_name(verify(folder, clean=small, key=SECRET, progress=False))
+    assert found[check].status == ("not checked" if check == "owner" else "failed")
+
+
+@pytest.mark.parametrize("name", ["linf_levels", "l2", "mean_shift_levels", "psnr_db", "ssim"])
+@pytest.mark.parametrize("part", ["mean", "sd", "largest"])
+def test_figures_of_the_record_are_measured_again(small: Dataset, tmp_path: Path, name: str, part: str) -> None:
+    folder = made(small, CudaPoison(seed=SECRET), tmp_path / "out")
+    record = json.loads((folder / "record.json").read_text())
+    spread = record["pixels"][name]
+    spread[part] += 0.01 * (spread["largest"] - spread["least"]) * (-1 if part == "sd" else 1)
+    (folder / "record.json").write_text(json.dumps(record))
+    assert by_name(verify(folder, progress=False))["measures"].status == "not checked"
+    found = by_name(verify(folder, clean=small, progress=False))["measures"]
+    assert found.status == "failed"
+    assert f"the record says {name} {part}" in found.detail
+
+
+def test_sizes_and_schemas_are_looked_at(small: Dataset, tmp_path: Path) -> None:
+    folder = made(small, CudaPoison(seed=SECRET), tmp_path / "out")
+    record = json.loads((folder / "record.json").read_text())
+    (said,) = record["published"]["files"].values()
+    said["bytes"] += 1
+    (folder / "record.json").write_text(json.dumps(record))
+    assert "bytes, got" in by_name(verify(folder, progress=False))["files"].detail
+    for schema in (None, "x", 0, -1, 1.5):
+        (folder / "record.json").write_text(json.dumps({**record, "schema": schema}))
+        with pytest.raises(ValueError, match="expected a record in JSON"):
+            verify(folder, progress=False)
