@@ -1,6 +1,6 @@
 """Cards: what a stranger can judge a protected dataset or a surrogate by, rendered from its record."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -48,7 +48,7 @@ def dataset_page(
 
     Args:
         load: the arguments of `load_dataset` as they stand in code.
-        pictures: links to pictures by name: "preview", "heat_map".
+        pictures: links to pictures by name: "preview" (with clean pictures), "published" (without), "heat_map".
         unfinished: say that this is being published and must not be used yet.
         license, source_license: identifiers or words; None is shown as not stated.
 
@@ -64,8 +64,8 @@ def dataset_page(
         .get_template("dataset.md.jinja")
         .render(
             record=record,
-            title=title or f"{record.source['dataset']}, protected with `{record.method}`",
-            source=f"the dataset `{record.source['dataset']}`",
+            title=inline(title) if title else f"{inline(record.source['dataset'])}, protected with `{record.method}`",
+            source=f"the dataset `{inline(record.source['dataset'])}`",
             unfinished=unfinished,
             pictures=dict(pictures or {}),
             learned=learned(record),
@@ -76,9 +76,9 @@ def dataset_page(
             measures=[(n, s) for n, s in pixels.items() if isinstance(s, dict) and "mean" in s],
             load=load,
             classes=None if not classes else _few(classes),
-            license=license,
-            source_license=source_license,
-            contact=contact,
+            license=license and inline(license),
+            source_license=source_license and inline(source_license),
+            contact=contact and inline(contact),
             paper=paper,
             bibtex=None if paper is None else paper.bibtex(record.method),
         )
@@ -239,6 +239,19 @@ def _key(record: Record) -> str:
     return told
 
 
+def stale(methods: Iterable[str]) -> dict[str, list[str]]:
+    """Values of the front matter's lists that follow from method and rows: those of an earlier publication go."""
+    return {"tags": list(methods), "size_categories": [*(name for _, name in _SIZES), "10M<n<100M"]}
+
+
+def inline(text: object) -> str:
+    """Words from outside as they may stand in a line or a table of Markdown."""
+    told = " ".join(str(text).split())
+    for mark, harmless in (("<", "&lt;"), (">", "&gt;"), ("|", "\\|"), ("`", "'")):
+        told = told.replace(mark, harmless)
+    return told
+
+
 def _few(names: Sequence[str], most: int = 20) -> str:
-    shown = ", ".join(str(name) for name in names[:most])
+    shown = ", ".join(inline(name) for name in names[:most])
     return shown if len(names) <= most else f"{shown} and {len(names) - most} more"

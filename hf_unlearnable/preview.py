@@ -1,5 +1,6 @@
 """A picture of what was done: clean, poisoned and magnified difference for rows of several classes."""
 
+import io
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -43,6 +44,26 @@ def draw(pairs: Sequence[Pair], path: str | Path, *, title: str) -> None:
         axis.set_ylabel(name, fontsize=9)
     figure.suptitle(title, fontsize=10)
     figure.savefig(str(path))
+
+
+def draw_published(pictures: Sequence[Picture], names: Sequence[str], *, title: str) -> bytes:
+    """A PNG of published pictures alone: a clean picture beside its published one would give away what was added.
+
+    Raises:
+        ValueError: no pictures.
+    """
+    if not pictures:
+        raise ValueError("a preview needs at least one row")
+    figure = Figure(figsize=(1.35 * len(pictures) + 0.4, 2.2), dpi=110, layout="constrained")
+    for axis, picture, name in zip(figure.subplots(1, len(pictures), squeeze=False)[0], pictures, names, strict=True):
+        axis.imshow(picture.pixels.permute(1, 2, 0).numpy(), interpolation="nearest")
+        axis.set_xticks([])
+        axis.set_yticks([])
+        axis.set_title(name, fontsize=8)
+    figure.suptitle(title, fontsize=10)
+    buffer = io.BytesIO()
+    figure.savefig(buffer, format="png")
+    return buffer.getvalue()
 
 
 def _magnification(pairs: Sequence[Pair]) -> int:

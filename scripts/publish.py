@@ -40,6 +40,9 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--config-name", default="default", help="for variants beside each other (default: default)")
     parser.add_argument("--revision", help="branch; default: main")
     parser.add_argument("--private", action="store_true", help="make a new repository private")
+    parser.add_argument(
+        "--show-clean", action="store_true", help="send the preview with clean pictures too: gives away what was added"
+    )
     parser.add_argument("--dry-run", action="store_true", help="check and show the card; send nothing")
     parser.add_argument("--clean", help="the source, to compare with row by row: Hub id, folder, parquet, or demo")
     parser.add_argument("--split", help="split of --clean; default: the one that was protected")
@@ -82,7 +85,7 @@ def run(arguments: argparse.Namespace) -> None:
         return
     clean = None
     if arguments.clean:
-        split = arguments.split or Record.load(source / "record.json").source["split"]
+        split = arguments.split or split_of(Record.load(source / "record.json"))
         clean = sources.load_split(arguments.clean, split)
     done = publish(
         source,
@@ -100,11 +103,17 @@ def run(arguments: argparse.Namespace) -> None:
         ),
         allow_guessable_key=arguments.allow_guessable_key,
         accept=arguments.accept,
+        show_clean=arguments.show_clean,
         dry_run=arguments.dry_run,
         batch_size=arguments.batch_size,
         progress=arguments.progress,
     )
     show(done, dry_run=arguments.dry_run)
+
+
+def split_of(record: Record) -> str | None:
+    """The split that was protected, as far as an unchecked record tells it."""
+    return record.source.get("split") if isinstance(record.source, dict) else None
 
 
 def show(done: Publication, *, dry_run: bool) -> None:

@@ -7,7 +7,7 @@
 
 With --record, a record of your own, the pictures may be anybody's: the test is whether they carry your key.
 
-Ends with status 0 if nothing failed, 1 if something did.
+Ends with status 0 if nothing failed, 1 if something did, or if a key was given and whose it is was not shown.
 """
 
 import argparse
@@ -64,7 +64,8 @@ def run(arguments: argparse.Namespace) -> int:
     if arguments.clean:
         local = isinstance(source, Path)
         record = Record.load(source / "record.json") if local else read_record(source, arguments.config_name)
-        split = arguments.split or (record.source["split"] if record else None)
+        known = record.source if record is not None and isinstance(record.source, dict) else {}
+        split = arguments.split or known.get("split")
         clean = sources.load_split(arguments.clean, split)
     outcomes = verify(
         source,
@@ -76,7 +77,7 @@ def run(arguments: argparse.Namespace) -> int:
         batch_size=arguments.batch_size,
         progress=arguments.progress,
     )
-    return told(arguments.source, outcomes)
+    return told(arguments.source, outcomes, claimed=key is not None or arguments.surrogate is not None)
 
 
 def whose(arguments: argparse.Namespace, key: int | bytes | None) -> int:
@@ -93,14 +94,17 @@ def whose(arguments: argparse.Namespace, key: int | bytes | None) -> int:
         batch_size=arguments.batch_size,
         progress=arguments.progress,
     )
-    return told(arguments.source, [judged(proof)])
+    return told(arguments.source, [judged(proof)], claimed=True)
 
 
-def told(source: str, outcomes: list[Outcome]) -> int:
+def told(source: str, outcomes: list[Outcome], *, claimed: bool) -> int:
     for outcome in outcomes:
         print(f"{outcome.status:12} {outcome.name:15} {outcome.detail}")
     failed = [outcome.name for outcome in outcomes if outcome.status == "failed"]
     print(f"{source}: " + (f"FAILED: {', '.join(failed)}" if failed else "nothing failed"))
+    if claimed and not any(outcome.name == "owner" and outcome.status == "passed" for outcome in outcomes):
+        print("  whose it is was not shown")
+        return 1
     return 1 if failed else 0
 
 

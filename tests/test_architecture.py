@@ -60,7 +60,9 @@ MAY_IMPORT: dict[str, set[str]] = {
     "sharding": {"sharding", "digests", "record", "card", "protect", "preview", "metrics", "poisons"} | L0 | L1,
     "gate": {"gate", "digests", "record", "metrics"} | L0 | L1,
     "ownership": {"ownership", "poisons"} | L0 | L1,
-    "publishing": {"publishing", "gate", "ownership", "digests", "record", "card", "poisons", "surrogate"} | L0 | L1,
+    "publishing": {"publishing", "gate", "ownership", "digests", "record", "card", "preview", "poisons", "surrogate"}
+    | L0
+    | L1,
     "evaluation": {"evaluation", "result", "victim", "defenses", "poisons", "record", "report", "card"}
     | {"probes", "detection", "last_layer", "certificate", "reported", "digests"}
     | L0

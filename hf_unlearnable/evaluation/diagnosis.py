@@ -146,6 +146,7 @@ class Diagnosis:
         how: dict[str, Any] = {
             "dataset": record.source["dataset"],
             "method": record.method,
+            "pixels_sha256": record.published["pixels_sha256"],
             **{f"{name}_rows": len(split) for name, split in splits.items() if name != "clean"},
             "image_size": list(self.clean.image_size),
             "classes": len(self.clean.classes),

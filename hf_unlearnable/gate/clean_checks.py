@@ -53,7 +53,7 @@ class Beside:
         self.budgets = budgets_of(record)
         self.problems = Problems()
         self.compared = self.changed = 0
-        self.report = PixelReport(perceptual_every=math.ceil(len(clean) / record.pixels["perceptual_rows"]))
+        self.report = PixelReport(perceptual_every=math.ceil(len(clean) / max(1, record.pixels["perceptual_rows"])))
         self._sizes: list[np.ndarray] = []
         self._digests = hashlib.sha256()
 

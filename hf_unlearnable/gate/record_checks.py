@@ -17,6 +17,7 @@ BOUNDED_BY = frozenset({"epsilon", "l2_radius", "sparsity"})
 _SHA256 = re.compile(r"[0-9a-f]{64}")
 _COMMITMENT = re.compile(r"sha256:[0-9a-f]{64}")
 _SPREAD = ("mean", "sd", "p5", "p95", "least", "largest")
+_RESULT = {"setting", "attacker", "learnability", "clean", "chance", "measured", "refused", "cells"}
 _NUMBER = (int, float)
 _NONE = type(None)
 
@@ -86,8 +87,8 @@ def lacking(record: Record) -> Iterator[str]:
             elif not isinstance(found[name], types) or isinstance(found[name], bool):
                 wanted = " or ".join(kind.__name__ for kind in types).replace("NoneType", "null")
                 yield f"{part}.{name}: expected {wanted}, got {type(found[name]).__name__}"
-            elif isinstance(found[name], float) and not math.isfinite(found[name]):
-                yield f"{part}.{name}: expected a finite number, got {found[name]}"
+            elif isinstance(found[name], int | float) and not _is_finite(found[name]):
+                yield f"{part}.{name}: expected a finite number of at most 18 digits"
             elif part == "pixels" and isinstance(found[name], dict) and not _is_spread(found[name]):
                 yield f"{part}.{name}: expected the numbers {', '.join(_SPREAD)}, of one mind"
     left_out = record.source.get("left_out", []) if isinstance(record.source, dict) else []
@@ -96,8 +97,8 @@ def lacking(record: Record) -> Iterator[str]:
     settings = record.settings if isinstance(record.settings, dict) else {}
     for name in BOUNDED_BY & settings.keys():
         bound = settings[name]
-        if bound is not None and not (isinstance(bound, int | float) and math.isfinite(bound) and bound >= 0):
-            yield f"settings.{name}: expected a number, 0 or more, got {bound!r}"
+        if bound is not None and not (_is_finite(bound) and bound >= 0):
+            yield f"settings.{name}: expected a number, 0 or more, got {str(bound)[:40]!r}"
     if not (isinstance(record.method, str) and record.method):
         yield "method is missing"
     known = record.versions if isinstance(record.versions, dict) else {}
@@ -105,6 +106,8 @@ def lacking(record: Record) -> Iterator[str]:
         yield f"versions of {', '.join(unknown)} are missing"
     if not (isinstance(record.results, list) and all(isinstance(result, dict) for result in record.results)):
         yield "results: expected a list of mappings"
+    elif wrong := [i for i, found in enumerate(record.results) if not found.keys() >= _RESULT]:
+        yield f"results: expected {', '.join(sorted(_RESULT))} in each, entry {wrong[0]} lacks some"
     if isinstance(record.published, dict) and isinstance(files := record.published.get("files"), dict):
         yield from _lacking_of_files(files)
     if isinstance(record.pixels, dict) and isinstance(found := record.pixels.get("budgets"), list):
@@ -126,21 +129,25 @@ def _lacking_of_budgets(budgets: list[Any]) -> Iterator[str]:
         try:
             norms.add(Budget(said["norm"], said["epsilon"]).norm)
             told = isinstance(said["kept_by_rows"], int) and said["kept_by_rows"] >= 0
-        except (TypeError, KeyError, ValueError):
+        except (TypeError, KeyError, ValueError, OverflowError):
             told = False
         if not told:
-            yield f"pixels.budgets: expected norm, epsilon and kept_by_rows, got {said!r}"
+            yield f"pixels.budgets: expected norm, epsilon and kept_by_rows, got {str(said)[:120]}"
     if len(norms) > 1:
         yield f"pixels.budgets: expected one norm, got {', '.join(sorted(norms))}"
 
 
 def _is_spread(found: Mapping[str, Any]) -> bool:
-    if not all(isinstance(found.get(name), int | float) and math.isfinite(found[name]) for name in _SPREAD):
+    if not all(_is_finite(found.get(name)) for name in _SPREAD):
         return False
     slack = 1e-9 * max(1, abs(found["least"]), abs(found["largest"]))
     if not -slack <= found["sd"] <= (found["largest"] - found["least"]) / 2 + slack:
         return False
     return all(found["least"] - slack <= found[name] <= found["largest"] + slack for name in ("mean", "p5", "p95"))
+
+
+def _is_finite(value: Any) -> bool:
+    return isinstance(value, int | float) and abs(value) < 1e18
 
 
 def _is_row(value: Any) -> bool:

@@ -4,9 +4,15 @@ import re
 from collections.abc import Iterator, Mapping
 from typing import Any
 
-_FOLDERS = "home|Users|root|Volumes|media|mnt|private|tmp"
+_FOLDERS = (
+    "home|Users|users|root|Volumes|media|mnt|private|tmp|data|scratch|export|work|workspace|content|kaggle|nfs|srv|var"
+    "|opt|gpfs|lustre|beegfs|storage|project|projects|cluster|net"
+)
 _TRACES = {
-    "a local path": re.compile(rf"(?<![\w.~/:\\-])/(?:{_FOLDERS})/|\b[A-Za-z]:\\{{1,2}}\w|\bfile://"),
+    "a local path": re.compile(
+        rf"(?<![\w.~/\\-])/(?:{_FOLDERS})/|(?<![\w/])~/\w|\b[A-Za-z]:(?:\\{{1,2}}|/(?!/))\w"
+        r"|(?<![\w\\])\\\\\w+\\\w|\bfile://"
+    ),
     "EXIF or GPS data": re.compile(
         r"\bGPS(?:Latitude|Longitude|Altitude|Info|Position)|\bDateTimeOriginal\b|\bMakerNote\b|\bExif\.\w+\."
         r"|\bgeo:-?\d|\d{1,3} ?° ?\d{1,2}|^\s*[\[(]?-?\d{1,2}\.\d{3,}\s*,\s*-?\d{1,3}\.\d{3,}[\])]?\s*$"

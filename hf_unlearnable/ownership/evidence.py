@@ -49,7 +49,7 @@ class ClassTest:
             count = min(step, decoys - start)
             scores = self.score(self.draw(generator, count))
             near = _NEARLY_EQUAL * max(abs(own), float(np.abs(scores).max(initial=0)))
-            better += int((scores >= own - near).sum())
+            better += int((~(scores < own - near)).sum())  # what is no number counts for the decoys
             best = max(best, float(scores.max(initial=-math.inf)))
             drawn += len(scores)
             bar.update(count)

@@ -74,7 +74,8 @@ def prove(
             with a million is 1e-10 for two classes and 1e-37 for ten. AR's decoys come from its search: it looks at
             5000 candidates a class at most, for six classes, and keeps fewer for later ones (half a minute).
         original_size: height and width of the pictures when they were published, where they were resized after that.
-        decoy_key: the decoys' own. A judge who does not trust that they were drawn fairly chooses another.
+        decoy_key: the decoys' own, to be drawn after the pictures were fixed, as `verify` does it: who knows it
+            beforehand can make pictures that fit any key better than these decoys.
 
     Returns:
         The p-value. Pictures of the commonest kind of size count, and classes that the poison changed.
@@ -84,9 +85,10 @@ def prove(
         ValueError: too few decoys; a label below 0.
 
     Guarantee: let a key be claimed that was drawn independently of the pictures. Then for each alpha, p <= alpha has a
-        probability of at most alpha, whatever the pictures are: what the key gives to a class, given what it gave to
-        the classes before, is exchangeable with its decoys, so that the p_y are independent of each other and at least
-        as large as uniform numbers. Nothing is estimated, and no natural picture is assumed.
+        probability of at most alpha, whatever the pictures are, if the decoys are drawn after them: what the key gives
+        to a class, given what it gave to the classes before, is exchangeable with its decoys, so that the p_y are
+        independent of each other and at least as large as uniform numbers. Nothing is estimated, and no natural picture
+        is assumed.
     Slack: one claim, of a key settled before the pictures were looked at. Who tries n keys finds p <= alpha among them
         with probability n alpha: a claim is worth something if the commitment to its key was made known before, and an
         int seed has been tried by anyone who cares to count. HMAC-SHA256 and numpy's generators are taken as random.

@@ -4,26 +4,33 @@ On the Hub: README.md; data/ (or CONFIG/) with parquet; results/CONFIG/ with rec
 assets/CONFIG/ with pictures. Until the last commit the card says that it is not finished.
 """
 
+import glob
 import json
 import tempfile
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
+from typing import Any
 
+import pyarrow.parquet as pq
 from datasets import Dataset, IterableDataset, load_dataset
 
-from hf_unlearnable import card
+from hf_unlearnable import card, preview
 from hf_unlearnable.digests import file_digest
 from hf_unlearnable.gate import checks
+from hf_unlearnable.gate.record_checks import lacking
 from hf_unlearnable.gate.secret_scan import holds_secret
+from hf_unlearnable.images import decode
 from hf_unlearnable.keys import Key
+from hf_unlearnable.poisons.names import POISONS
 from hf_unlearnable.publishing import pages
-from hf_unlearnable.publishing.attachments import evaluation_files
+from hf_unlearnable.publishing.attachments import evaluation_files, is_ours
 from hf_unlearnable.publishing.hub import HubError, Repository, asked
 from hf_unlearnable.publishing.readback import Contents, Rows, contents, rows_of
 from hf_unlearnable.record import Record
 
 README = "README.md"
+PREVIEW_PICTURES, PREVIEW_FROM = 8, 1000
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -58,6 +65,7 @@ def publish(
     words: Words = Words(),
     allow_guessable_key: bool = False,
     accept: Collection[str] = (),
+    show_clean: bool = False,
     dry_run: bool = False,
     batch_size: int = 500,
     progress: bool = True,
@@ -75,6 +83,9 @@ def publish(
         key: the secret, to make sure that nothing that is sent holds it.
         evaluations: folders that `scripts/evaluate.py` made; their pages, tables and pictures are sent too.
         allow_guessable_key, accept: see `checks.check`.
+        show_clean: send the folder's own preview, with some clean pictures beside their published ones. From one such
+            pair what a class-wise method adds to the whole class can be computed, without the key. Otherwise the
+            preview shows published pictures alone.
         dry_run: check and render everything, send nothing.
         batch_size: pictures held at a time.
 
@@ -96,14 +107,16 @@ def publish(
     if key is not None and (places := holds_secret(folder, key)):
         raise ValueError(f"the key is in {', '.join(places)}: nothing was sent")
     extra: dict[str, str | bytes | Path] = {**evaluation_files([Path(one) for one in evaluations], config, record, key)}
-    extra[f"assets/{config}/preview.png"] = folder / "preview.png"
-    page = _page(record, repository.repo_id, config, extra, words)
+    shown: bytes | Path = folder / "preview.png" if show_clean else published_preview(folder, record)
+    extra[f"assets/{config}/preview.png"] = shown
+    page = _page(record, repository, config, extra, words)
     if dry_run:
         return Publication(repository.url, record, page, {**extra, **_record_file(record, config)})
     repository.create(private=private)
-    already = repository.files()
+    now = replace(repository, revision=repository.commit_id())
+    already = now.files()
     place = _data_folder(config)
-    mine = f"results/{config}/record.json" in already or _announced(repository, config)
+    mine = f"results/{config}/record.json" in already or _announced(now, config)
     foreign = [path for path in already if path.startswith(f"{place}/")]
     if foreign and not mine:
         raise HubError(
@@ -111,21 +124,22 @@ def publish(
             f"configuration {config!r}, which hf_unlearnable did not publish (and the history would keep them): choose "
             "another repository or --config-name"
         )
-    before = read_record(repository, config)
+    before = _usable_record(now, config)
     if before is not None and before.source["split"] != record.source["split"]:
         raise HubError(
             f"{repository.repo_id}: the configuration {config!r} holds the split {before.source['split']!r}, whose "
             f"record and card the split {record.source['split']!r} would replace: choose another --config-name"
         )
-    if not _is_there(repository, already, record, before, config):
+    there = _is_there(now, already, record, before, config)
+    if not there:
         _announce(repository, record, config, extra, words)
         _push(folder, record, repository, config)
-        record = replace(record, published={**record.published, "files": _pushed(repository, place, record)})
-        found = contents(_read_back(repository, record, batch_size), total=record.published["rows"], progress=progress)
+        now = replace(repository, revision=repository.commit_id())
+    record = replace(record, published={**record.published, "files": _pushed(now, place, record)})
+    if not there:
+        found = contents(_read_back(now, record, batch_size), total=record.published["rows"], progress=progress)
         _compare(found, record)
-    else:
-        record = replace(record, published={**record.published, "files": _pushed(repository, place, record)})
-    _finish(repository, record, config, extra, words)
+    _finish(repository, record, config, extra, words, parent=now.revision)
     return Publication(repository.url, record, page, {**extra, **_record_file(record, config)})
 
 
@@ -138,6 +152,33 @@ def read_record(repository: Repository, config: str) -> Record | None:
         path = Path(folder) / "record.json"
         path.write_text(text)
         return Record.load(path)
+
+
+def _usable_record(repository: Repository, config: str) -> Record | None:
+    """The record of a published configuration; None also where it is none that could be read or compared."""
+    try:
+        found = read_record(repository, config)
+    except ValueError:
+        return None
+    return None if found is None or [*lacking(found)] else found
+
+
+def published_preview(folder: Path, record: Record) -> bytes:
+    """A picture of published rows: the first of up to eight classes among the first rows, or the first eight."""
+    image, label, classes = (record.source[name] for name in ("image_column", "label_column", "classes"))
+    chosen: dict[Any, tuple[str, bytes]] = {}
+    with pq.ParquetFile(folder / min(record.published["files"])) as parquet:
+        columns = [image] if label is None else [image, label]
+        first = next(parquet.iter_batches(PREVIEW_FROM, columns=columns)).to_pylist()
+    for row, values in enumerate(first):
+        value = row if label is None else values[label]
+        named = classes is not None and isinstance(value, int) and 0 <= value < len(classes)
+        name = "" if label is None else str(classes[value] if named and classes else value)
+        if len(chosen) < PREVIEW_PICTURES:
+            chosen.setdefault(value, (name[:16], values[image]["bytes"]))
+    title = f"published pictures ({record.method})"
+    shown = [(name, decode(data)) for name, data in chosen.values()]
+    return preview.draw_published([picture for _, picture in shown], [name for name, _ in shown], title=title)
 
 
 def pull(repository: Repository, paths: Sequence[str]) -> Iterator[Path]:
@@ -164,18 +205,20 @@ def _record_file(record: Record, config: str) -> dict[str, str | bytes | Path]:
 
 def _page(
     record: Record,
-    repo_id: str,
+    repository: Repository,
     config: str,
-    files: Collection[str],
+    files: Mapping[str, str | bytes | Path],
     words: Words,
     *,
     unfinished: bool = False,
 ) -> str:
-    pictures = {} if unfinished else {"preview": f"assets/{config}/preview.png"}
+    kind = "published" if isinstance(files[f"assets/{config}/preview.png"], bytes) else "preview"
+    pictures = {} if unfinished else {kind: f"assets/{config}/preview.png"}
     maps = [path for path in files if path.endswith("/heat-map.png")]
     if maps and not unfinished:
         pictures["heat_map"] = maps[0]
-    load = f'"{repo_id}"' if config == "default" else f'"{repo_id}", "{config}"'
+    load = f'"{repository.repo_id}"' if config == "default" else f'"{repository.repo_id}", "{config}"'
+    load += "" if repository.revision is None else f', revision="{repository.revision}"'
     return card.dataset_page(
         record,
         load=load,
@@ -189,8 +232,8 @@ def _page(
 
 
 def _title(record: Record, config: str) -> str:
-    title = f"{record.source['dataset']}, protected with `{record.method}`"
-    return title if config == "default" else f"{title} (configuration `{config}`)"
+    title = f"{record.source['dataset']}, protected with {record.method}"
+    return title if config == "default" else f"{title} (configuration {config})"
 
 
 def _announced(repository: Repository, config: str) -> bool:
@@ -209,18 +252,23 @@ def _is_there(
     same = ("rows", "pixels_sha256", "image_format")
     if any(before.published.get(name) != record.published.get(name) for name in same) or before.source != record.source:
         return False
-    return all(already.get(path) == facts for path, facts in before.published["files"].items())
+    files, split = before.published["files"], record.source["split"]
+    named = {path for path in already if path.startswith(f"{_data_folder(config)}/{split}-")}
+    loads = (pages.loaded(readme, already, config) or {}).get(split)
+    return set(files) == named == set(loads or ()) and all(already.get(path) == facts for path, facts in files.items())
 
 
-def _announce(repository: Repository, record: Record, config: str, files: Collection[str], words: Words) -> None:
+def _announce(
+    repository: Repository, record: Record, config: str, files: Mapping[str, str | bytes | Path], words: Words
+) -> None:
     """The card first: it says that what follows is not finished."""
-    page = _page(record, repository.repo_id, config, files, words, unfinished=True)
+    page = _page(record, repository, config, files, words, unfinished=True)
     _write_card(repository, record, config, page, words, {}, (), f"{config}: being published")
 
 
 def _push(folder: Path, record: Record, repository: Repository, config: str) -> None:
     split = record.source["split"]
-    files = [str(folder / name) for name in sorted(record.published["files"])]
+    files = [glob.escape(str(folder / name)) for name in sorted(record.published["files"])]
     rows = load_dataset("parquet", data_files={split: files}, split=split, streaming=True)
     assert isinstance(rows, IterableDataset)
     asked(
@@ -245,8 +293,7 @@ def _pushed(repository: Repository, place: str, record: Record) -> dict[str, dic
     return dict(sorted(files.items()))
 
 
-def _read_back(repository: Repository, record: Record, batch_size: int) -> Iterator[Rows]:
-    at = replace(repository, revision=repository.commit_id())
+def _read_back(at: Repository, record: Record, batch_size: int) -> Iterator[Rows]:
     files = record.published["files"]
 
     def checked() -> Iterator[Path]:
@@ -276,16 +323,19 @@ def _finish(
     config: str,
     extra: dict[str, str | bytes | Path],
     words: Words,
+    *,
+    parent: str | None,
 ) -> None:
-    """The finished card, the record and the evaluations, in one commit; what an earlier one had besides goes."""
+    """The finished card, the record and the evaluations, in one commit, on top of the one that was checked; what an
+    earlier publication sent besides goes."""
     add = {**extra, **_record_file(record, config)}
     old = [
         path
         for path in repository.files()
-        if path.startswith((f"results/{config}/", f"assets/{config}/")) and path not in add
+        if path.startswith((f"results/{config}/", f"assets/{config}/")) and is_ours(path) and path not in add
     ]
-    page = _page(record, repository.repo_id, config, extra, words)
-    _write_card(repository, record, config, page, words, add, old, f"{config}: finished")
+    page = _page(record, repository, config, extra, words)
+    _write_card(repository, record, config, page, words, add, old, f"{config}: finished", parent)
 
 
 def _write_card(
@@ -297,11 +347,12 @@ def _write_card(
     add: dict[str, str | bytes | Path],
     delete: Sequence[str],
     message: str,
+    parent: str | None = None,
 ) -> None:
-    parent = repository.commit_id()
+    parent = parent or repository.commit_id()
     readme = replace(repository, revision=parent).text(README)
     front = card.front_matter(record, license=words.license, pretty_name=words.title)
-    new = pages.put(readme, config, page, front)
+    new = pages.put(readme, config, page, front, stale=card.stale(POISONS))
     asked(repository.repo_id, card_errors, new)
     if new != readme:
         add = {README: new, **add}

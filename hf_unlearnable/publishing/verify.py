@@ -1,12 +1,15 @@
 """Verify what is published: is it whole, is it what its record says, whose is it?"""
 
 import hmac
+import secrets
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal, cast
+from typing import Any, Literal, cast
 
 import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
 import torch
 from datasets import Dataset, Image
 from tqdm.auto import tqdm
@@ -22,6 +25,7 @@ from hf_unlearnable.images import Picture, decode_many
 from hf_unlearnable.keys import Key, commitment
 from hf_unlearnable.ownership.proof import Proof, prove
 from hf_unlearnable.poisons.base import Poison
+from hf_unlearnable.poisons.names import POISONS
 from hf_unlearnable.poisons.with_surrogate import SurrogatePoison
 from hf_unlearnable.publishing import pages
 from hf_unlearnable.publishing.hub import Repository
@@ -34,6 +38,8 @@ SAME_VALUES = 0.99
 """Of a method with a surrogate: the share of values that must be recomputed exactly (its arithmetic may differ in the
 last bits between machines)."""
 FALSE_POSITIVES = 1e-6
+KEYLESS = frozenset({"ops", *(name for name, known in POISONS.items() if issubclass(known, SurrogatePoison))})
+"""Methods whose pixels may be the same under other keys."""
 
 Status = Literal["passed", "failed", "not checked"]
 
@@ -93,7 +99,7 @@ def verify(
     paths, outcome = _files(files, record)
     done.append(outcome)
     if isinstance(source, Repository):
-        done.append(_what_loads(source, record, config))
+        done.append(_what_loads(source, record, config, paths))
     if outcome.status == "passed":
         done += _rows(dict(zip(_named(record), paths, strict=True)), record, clean, batch_size, progress)
     if key is not None:
@@ -105,7 +111,8 @@ def verify(
         elif "parquet" in failed:
             done.append(Outcome("owner", "not checked", "the files cannot be read as the record says"))
         elif outcome.status == "passed":
-            done.append(_whose(paths, record, clean, key, surrogate, decoys, batch_size, progress))
+            owner = _whose(paths, record, clean, key, surrogate, decoys, batch_size, progress)
+            done.append(_of_this_key(owner, done) if key is not None and record.method in KEYLESS else owner)
     else:
         done.append(Outcome("owner", "not checked", "give the key (or the surrogate) to prove whose it is"))
     return done
@@ -132,6 +139,8 @@ def recognise(
         Unprovable: a method without such a test; too few classes.
         ValueError: no such columns, other class names than the record's, an unreadable picture.
     """
+    if wrong := [*lacking(record)]:
+        raise ValueError(f"the record is incomplete: {'; '.join(wrong)}")
     poison = rebuild(record, key, surrogate=surrogate)
     image = columns.image_column(dataset.features, None)
     label = columns.label_column(dataset.features, None)
@@ -147,7 +156,8 @@ def recognise(
             labels = [columns.check_label(value, at, label) for value, at in zip(batch[label], where, strict=True)]
             yield decode_many(batch[image], where=where), labels
 
-    return prove(batches(), poison, decoys=decoys, original_size=original_size, progress=progress)
+    how: dict[str, Any] = {"decoys": decoys, "original_size": original_size, "progress": progress}
+    return prove(batches(), poison, decoy_key=secrets.token_bytes(32), **how)
 
 
 def judged(proof: Proof) -> Outcome:
@@ -187,11 +197,23 @@ def _files(files: dict, record: Record) -> tuple[list[Path], Outcome]:
     return paths, Outcome("files", "passed", f"{len(paths)} parquet files with the SHA-256 of the record")
 
 
-def _what_loads(repository: Repository, record: Record, config: str) -> Outcome:
-    """`load_dataset` gives the files of the record, and no others."""
+def _of_this_key(owner: Outcome, done: Sequence[Outcome]) -> Outcome:
+    """Where other keys may give the same pixels, equal ones say something of a key only if the record commits to it."""
+    committed = any(one.name == "commitment" and one.status == "passed" for one in done)
+    if owner.status != "passed" or committed:
+        return owner
+    return Outcome(
+        "owner", "not checked", f"{owner.detail}; but other keys may give these pixels, and none is committed to"
+    )
+
+
+def _what_loads(repository: Repository, record: Record, config: str, paths: Sequence[Path]) -> Outcome:
+    """`load_dataset` gives the files of the record and no others, and their columns and class names."""
+    readme = repository.text(README) or ""
     try:
-        told = pages.loaded(repository.text(README) or "", repository.files(), config)
-    except ValueError as error:
+        told = pages.loaded(readme, repository.files(), config)
+        other = pages.other_features(readme, config, pq.read_schema(paths[0])) if paths else ""
+    except (ValueError, OSError, pa.ArrowException) as error:
         return Outcome("loads", "failed", str(error))
     if told is None:
         return Outcome("loads", "failed", f"the card's front matter does not say which files {config!r} has")
@@ -199,6 +221,8 @@ def _what_loads(repository: Repository, record: Record, config: str) -> Outcome:
     if unlike := sorted(named ^ set(told.get(split, ()))):
         state = "is not in the record" if unlike[0] not in named else "is not loaded"
         return Outcome("loads", "failed", f"{unlike[0]} {state}, of {len(unlike)} such files")
+    if other:
+        return Outcome("loads", "failed", other)
     others = f"; of other splits, {sorted(set(told) - {split})}, the record tells nothing" if len(told) > 1 else ""
     return Outcome("loads", "passed", f"`load_dataset` reads these files as {config!r}, {split!r}{others}")
 
@@ -217,6 +241,8 @@ def _rows(
         problems = [finding.problem for finding in found if finding.check == check.name]
         if problems:
             done.append(Outcome(check.name, "failed", "; ".join(problems)))
+        elif check.name == "budget" and not record.pixels["budgets"]:
+            done.append(Outcome(check.name, "not checked", "the record tells of no budget"))
         elif check.name in beside and clean is None:
             done.append(Outcome(check.name, "not checked", "agrees with the record; give the clean rows to compare"))
         else:
@@ -229,7 +255,7 @@ def _commitment(record: Record, key: Key) -> Outcome:
     if told is None:
         return Outcome("commitment", "not checked", "the record commits to no key: it was made under an int seed")
     got = commitment(key)
-    good = got is not None and hmac.compare_digest(got, told)
+    good = got is not None and hmac.compare_digest(got.encode(), str(told).encode())
     return _outcome("commitment", good, "the record commits to this key", "the record commits to another key")
 
 
@@ -252,7 +278,7 @@ def _whose(
         if label is None:
             return Outcome("owner", "not checked", "without labels, this takes the clean rows")
         labelled = ((some.pictures, some.labels(label)) for some in rows)
-        return judged(prove(labelled, poison, decoys=decoys, progress=progress))
+        return judged(prove(labelled, poison, decoys=decoys, decoy_key=secrets.token_bytes(32), progress=progress))
     except (ValueError, TypeError, ArithmeticError, KeyError) as error:  # settings that are none, unreadable pictures
         return Outcome("owner", "not checked", str(error))
 
@@ -281,12 +307,13 @@ def _recomputed(rows: Iterator[Rows], record: Record, clean: Dataset, poison: Po
                 bad.append(row)
                 continue
             same = int((published.pixels == new.pixels).sum())
-            equal, values, changed = equal + same, values + new.pixels.numel(), changed + 1
+            if not _same(new, old):
+                equal, values, changed = equal + same, values + new.pixels.numel(), changed + 1
             if same < (SAME_VALUES * new.pixels.numel() if learns else new.pixels.numel()):
                 bad.append(row)
     share = f"{100 * equal / values:.4g} % of the values" if values else "none"
     if changed == 0:
-        return Outcome("owner", "failed", "no picture differs from the clean one: nothing to recognise")
+        return Outcome("owner", "failed", "this key changes no picture: nothing to recognise")
     if bad:
         shown = ", ".join(map(str, bad[:5])) + (f" and {len(bad) - 5} more" if len(bad) > 5 else "")
         return Outcome("owner", "failed", f"the recomputed pictures differ at rows {shown} ({share} are equal)")

@@ -54,7 +54,7 @@ def test_a_scalar_where_a_list_belongs_becomes_its_first_entry() -> None:
 
 
 def test_unfinished_parts_are_seen() -> None:
-    open_ = pages.put(None, "default", f"> {pages.UNFINISHED} wait", {})
+    open_ = pages.put(None, "default", f"{pages.UNFINISHED} wait", {})
     assert not pages.finished(open_, "default")
     assert not pages.finished(open_, "other")
     assert pages.finished(pages.put(open_, "default", "done", {}), "default")

@@ -1,5 +1,6 @@
 """Publishing against a local Hub, with the real clients: what arrives, in which order, and what a stop leaves."""
 
+import io
 import json
 import re
 import shutil
@@ -8,19 +9,20 @@ from pathlib import Path
 import numpy as np
 import PIL.Image
 import pytest
-from datasets import Dataset, load_dataset
+from datasets import ClassLabel, Dataset, load_dataset
 from huggingface_hub import HfApi
 
 from hf_unlearnable import CudaPoison, RandomNoisePoison
 from hf_unlearnable.gate import checks
 from hf_unlearnable.gate.secret_scan import holds_secret
 from hf_unlearnable.protect import protect
-from hf_unlearnable.publishing import pages
+from hf_unlearnable.publishing import pages, push
 from hf_unlearnable.publishing.hub import HubError, Repository
 from hf_unlearnable.publishing.push import Publication, Words, publish
 from hf_unlearnable.record import Record
 from tests.conftest import make_dataset, noise_pictures, pixels
 from tests.publishing.local_hub import Hub
+from tests.test_card import evaluation
 
 SECRET = bytes(range(32))
 MINE = "owner/shapes"
@@ -59,7 +61,7 @@ def test_what_arrives_is_what_was_protected(logged_in: Hub, folder: Path, small:
     assert data["configs"][0]["config_name"] == "default"
     assert data["dataset_info"]["splits"][0]["num_examples"] == 24
     assert pages.finished(text, "default")
-    assert "![clean, protected and difference](assets/default/preview.png)" in text
+    assert "![protected pictures](assets/default/preview.png)" in text
     told = json.loads(files["results/default/record.json"])["published"]
     assert list(told["files"]) == ["data/train-00000-of-00001.parquet"]
     assert told["pixels_sha256"] == Record.load(folder / "record.json").published["pixels_sha256"]
@@ -145,16 +147,19 @@ def evaluated(folder: Path, output: Path) -> Path:
     """What an evaluation of these pictures leaves, as far as publishing looks at it."""
     digest = Record.load(folder / "record.json").published["pixels_sha256"]
     (output / "jobs" / f"cuda-{digest[:8]}").mkdir(parents=True)
+    record = Record.load(folder / "record.json")
+    record.results[:] = [evaluation(0.49)]
+    record.save(folder / "record.json")
     (output / "summary.md").write_text("# Summary\n")
     shutil.copy(folder / "preview.png", output / "heat-map.png")
     return output
 
 
 def test_only_what_an_evaluation_writes_is_sent_with_it(logged_in: Hub, folder: Path, tmp_path: Path) -> None:
-    evaluation = evaluated(folder, tmp_path / "eval")
+    evaluated_in = evaluated(folder, tmp_path / "eval")
     for name in ("key.json", "record.json", "notes.md", "selfie.png"):
-        (evaluation / name).write_text("mine\n")
-    files = send(folder, evaluations=[evaluation], dry_run=True).files
+        (evaluated_in / name).write_text("mine\n")
+    files = send(folder, evaluations=[evaluated_in], dry_run=True).files
     assert sorted(files) == [f"assets/default/{n}.png" for n in ("heat-map", "preview")] + [
         f"results/default/{n}" for n in ("record.json", "summary.md")
     ]
@@ -162,34 +167,115 @@ def test_only_what_an_evaluation_writes_is_sent_with_it(logged_in: Hub, folder: 
 
 
 def test_evaluations_that_are_not_sent(logged_in: Hub, folder: Path, small: Dataset, tmp_path: Path) -> None:
-    evaluation = evaluated(folder, tmp_path / "eval")
+    evaluated_in = evaluated(folder, tmp_path / "eval")
     with pytest.raises(ValueError, match="folders of different names"):
-        send(folder, evaluations=[evaluation, evaluation])
-    (evaluation / "summary.md").write_text("one\nrun in /home/me/secret\n")
+        send(folder, evaluations=[evaluated_in, evaluated_in])
+    (evaluated_in / "summary.md").write_text("one\nrun in /home/me/secret\n")
     with pytest.raises(ValueError, match="line 2: holds what looks like a local path"):
-        send(folder, evaluations=[evaluation])
-    (evaluation / "summary.md").write_text(f"key {SECRET.hex()}\n")
+        send(folder, evaluations=[evaluated_in])
+    (evaluated_in / "summary.md").write_text(f"key {SECRET.hex()}\n")
     with pytest.raises(ValueError, match=r"the key is in results/default/summary\.md: hex"):
-        send(folder, evaluations=[evaluation], key=SECRET)
+        send(folder, evaluations=[evaluated_in], key=SECRET)
     protect(small, CudaPoison(seed=bytes(32)), tmp_path / "b", source="small", progress=False)
     with pytest.raises(ValueError, match="expected an evaluation of these pictures"):
-        send(tmp_path / "b", evaluations=[evaluation])
+        send(tmp_path / "b", evaluations=[evaluated_in])
     with pytest.raises(FileNotFoundError, match=r"with its summary\.md"):
         send(folder, evaluations=[tmp_path])
+    (evaluated_in / "diagnosis.json").write_text("{}")
+    with pytest.raises(ValueError, match="expected a diagnosis of these pictures"):
+        send(folder, evaluations=[evaluated_in])
+    (evaluated_in / "diagnosis.json").unlink()
+    (evaluated_in / "summary.md").write_text("fine\n")
+    record = Record.load(folder / "record.json")
+    record.results.clear()
+    record.save(folder / "record.json")
+    with pytest.raises(ValueError, match="the record holds no evaluation"):
+        send(folder, evaluations=[evaluated_in])
     assert not logged_in.asked("POST")
 
 
 def test_other_pictures_under_the_same_name_replace_the_old_ones(
     logged_in: Hub, folder: Path, small: Dataset, tmp_path: Path
 ) -> None:
-    evaluation = evaluated(folder, tmp_path / "eval")
-    send(folder, evaluations=[evaluation])
+    evaluated_in = evaluated(folder, tmp_path / "eval")
+    send(folder, evaluations=[evaluated_in])
     assert "results/default/summary.md" in logged_in.files("dataset", MINE)
     assert "(assets/default/heat-map.png)" in readme(logged_in)
     protect(small, CudaPoison(seed=bytes(32)), tmp_path / "b", source="small", progress=False)
     send(tmp_path / "b")
     assert not [f for f in logged_in.files("dataset", MINE) if "summary" in f or "heat-map" in f]
     assert np.array_equal(pixels(load_dataset(MINE, split="train")), pixels(CudaPoison(seed=bytes(32)).apply(small)))
+
+
+def test_no_clean_picture_is_sent_unless_that_is_asked_for(logged_in: Hub, folder: Path) -> None:
+    send(folder)
+    sent = logged_in.files("dataset", MINE)["assets/default/preview.png"]
+    assert sent != (folder / "preview.png").read_bytes()
+    with PIL.Image.open(io.BytesIO(sent)) as picture:
+        assert picture.height < 300  # one row of pictures, where the folder's own has three
+    assert "![protected pictures](assets/default/preview.png)" in readme(logged_in)
+    assert "clean pictures beside" not in readme(logged_in)
+    send(folder, show_clean=True)
+    assert logged_in.files("dataset", MINE)["assets/default/preview.png"] == (folder / "preview.png").read_bytes()
+    assert "shows some clean pictures beside their protected versions" in readme(logged_in)
+
+
+def test_what_came_between_is_not_called_finished(
+    logged_in: Hub, folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    compared = push._compare
+
+    def interrupted(*args: object) -> None:
+        compared(*args)  # type: ignore[arg-type]
+        Repository(MINE).commit("meanwhile", {"data/train-00000-of-00001.parquet": b"other"})
+
+    monkeypatch.setattr(push, "_compare", interrupted)
+    with pytest.raises(HubError):
+        send(folder)
+    assert not pages.finished(readme(logged_in), "default")
+
+
+def test_files_of_others_are_kept_and_tags_follow_the_method(
+    logged_in: Hub, folder: Path, small: Dataset, tmp_path: Path
+) -> None:
+    send(folder)
+    others = {"assets/default/logo.png": b"logo", "results/default/notes.md": b"mine"}
+    Repository(MINE).commit("mine", dict(others))
+    protect(small, RandomNoisePoison(seed=SECRET), tmp_path / "b[1]", source="small", progress=False)
+    send(tmp_path / "b[1]")
+    files = logged_in.files("dataset", MINE)
+    assert {name: files[name] for name in others} == others
+    tags = pages.split(readme(logged_in))[0]["tags"]
+    assert "random-noise" in tags
+    assert "cuda" not in tags
+
+
+def test_the_card_of_a_branch_loads_the_branch(logged_in: Hub, folder: Path) -> None:
+    page = publish(folder, Repository(MINE, revision="draft"), progress=False, dry_run=True).page
+    assert f'load_dataset("{MINE}", revision="draft", split="train")' in page
+
+
+def test_names_of_classes_stay_in_their_cell(logged_in: Hub, tmp_path: Path) -> None:
+    names = ["a|b", "c\n\n# Injected\n> **Not finished.**", "<!-- hf_unlearnable: default -->"]
+    rows = make_dataset(noise_pictures(6, 16, 16), [i % 3 for i in range(6)], classes=3)
+    rows = rows.cast_column("label", ClassLabel(names=names))
+    protect(rows, CudaPoison(seed=SECRET), tmp_path / "out", source="small", progress=False)
+    send(tmp_path / "out")
+    text = readme(logged_in)
+    assert pages.finished(text, "default")
+    assert "\n# Injected" not in text
+    assert "a\\|b, c # Injected" in text
+
+
+def test_a_record_on_the_hub_that_is_none_is_replaced(logged_in: Hub, folder: Path) -> None:
+    send(folder)
+    for content in (b"no json", b'{"schema": 1, "source": {}}'):
+        Repository(MINE).commit("damage", {"results/default/record.json": content})
+        send(folder)
+        assert (
+            Record.load(folder / "record.json").source
+            == json.loads(logged_in.files("dataset", MINE)["results/default/record.json"])["source"]
+        )
 
 
 def test_configurations_stand_beside_each_other(logged_in: Hub, folder: Path, small: Dataset, tmp_path: Path) -> None:
@@ -212,7 +298,9 @@ def test_text_and_metadata_of_an_existing_card_are_kept(logged_in: Hub, folder: 
     api.create_repo(MINE, repo_type="dataset")
     own = b"---\nlicense: mit\nlanguage:\n- en\n---\n\n# My words\n\nKept.\n"
     api.upload_file(path_or_fileobj=own, path_in_repo="README.md", repo_id=MINE, repo_type="dataset")
-    send(folder, words=Words(license="cc0-1.0"))
+    with pytest.raises(ValueError, match="license 'mit', expected 'cc0-1.0'"):
+        send(folder, words=Words(license="cc0-1.0"))
+    send(folder, words=Words(license="mit"))
     data, text = pages.split(readme(logged_in))
     assert (data["license"], data["language"]) == ("mit", ["en"])
     assert "# My words\n\nKept." in text
