@@ -285,7 +285,7 @@ def test_a_second_configuration_is_verified_too(logged_in: Hub, small: Dataset, 
         ("key", {"commitment": None}, "key"),
         ("key", {"commitment": "sha256:00"}, "key"),
         ("settings", {"seed": 7}, "key"),
-        ("settings", {"num_classes": 10**30}, "owner"),
+        ("settings", {"num_classes": 10**30}, "record"),
         ("settings", {"kernel_size": 10**30}, "owner"),
     ],
 )
