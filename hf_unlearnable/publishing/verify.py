@@ -244,7 +244,8 @@ def _rows(
         elif check.name == "budget" and not record.pixels["budgets"]:
             done.append(Outcome(check.name, "not checked", "the record tells of no budget"))
         elif check.name in beside and clean is None:
-            done.append(Outcome(check.name, "not checked", "agrees with the record; give the clean rows to compare"))
+            agrees = "" if check.name == "measures" else "agrees with the record; "
+            done.append(Outcome(check.name, "not checked", f"{agrees}give the clean rows to compare"))
         else:
             done.append(Outcome(check.name, "passed", check.meaning))
     return done
