@@ -29,6 +29,7 @@ def templates() -> jinja2.Environment:
         lstrip_blocks=True,
         keep_trailing_newline=True,
     )
+    environment.filters["inline"] = inline
     environment.filters["capitalize_first"] = lambda text: text[:1].upper() + text[1:]
     return environment
 
@@ -197,7 +198,9 @@ def _evaluation(found: Mapping[str, Any]) -> dict[str, Any]:
             "attacker": f"`{cell['attacker']}`" if cell["arm"] != "clean" else "*plain training on the clean pictures*",
             "selected": _percent(cell["selected"]),
             "last": _percent(cell["last"]),
-            "trainings": cell["last"]["trainings"] if cell["last"] else f"failed: {'; '.join(cell['failed'])[:120]}",
+            "trainings": cell["last"]["trainings"]
+            if cell["last"]
+            else f"failed: {inline('; '.join(cell['failed']))[:120]}",
             "reported": "" if cell["reported"] is None else _reported(cell["reported"]),
         }
         for cell in [*own, *clean]

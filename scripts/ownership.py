@@ -104,6 +104,7 @@ def run(arguments: argparse.Namespace, command: Sequence[str]) -> None:
                     [(damaged(batch, damage), labels) for batch, labels in poisoned],
                     poison,
                     decoys=arguments.decoys,
+                    decoy_key=arguments.seed,
                     original_size=original_size(poisoned) if damage.startswith("resize") else None,
                     progress=False,
                 )

@@ -33,7 +33,8 @@ from hf_unlearnable.record import Record
 def check_rows(
     files: Sequence[Path], record: Record, clean: Dataset | None, *, progress: bool, batch_size: int
 ) -> list[Finding]:
-    """All checks that read rows, in one pass over the files; memory does not grow with the rows."""
+    """All checks that read rows, in one pass over the files. Memory holds a batch of rows, and with clean rows a few
+    numbers of every row."""
     found: list[Finding] = []
     schema, total = pq.read_schema(files[0]), sum(pq.read_metadata(file).num_rows for file in files)
     beside = None

@@ -57,7 +57,7 @@ def prove(
     *,
     decoys: int = 1_000_000,
     original_size: tuple[int, int] | None = None,
-    decoy_key: Key = 0,
+    decoy_key: Key,
     progress: bool = True,
 ) -> Proof:
     """Test whether pictures carry the perturbation of this key, without the clean ones: CUDA, LSP and AR.
@@ -117,7 +117,7 @@ class Reading:
     seen: int
     left: int
 
-    def judge(self, poison: Poison, *, decoys: int = 1_000_000, decoy_key: Key = 0, progress: bool = True) -> Proof:
+    def judge(self, poison: Poison, *, decoy_key: Key, decoys: int = 1_000_000, progress: bool = True) -> Proof:
         """The test of one key: see `prove`.
 
         Raises:

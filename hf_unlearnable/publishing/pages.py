@@ -9,6 +9,8 @@ import pyarrow as pa
 import yaml
 from datasets import Features
 
+from hf_unlearnable.gate.folder_checks import features_of
+
 _FRONT = re.compile(r"\A\s*---[ \t]*\r?\n(.*?)^---[ \t]*(?:\r?\n|\Z)", re.DOTALL | re.MULTILINE)
 UNFINISHED = "> **Not finished.**"
 
@@ -134,7 +136,7 @@ def other_features(readme: str, config: str, schema: pa.Schema) -> str:
     """
     told = split(readme)[0].get("dataset_info")
     infos = [one for one in (told if isinstance(told, list) else [told]) if isinstance(one, dict)]
-    own = Features.from_arrow_schema(schema)
+    own = features_of(schema)
     for info in infos:
         if info.get("config_name", "default") == config and "features" in info:
             try:

@@ -9,6 +9,7 @@ import json
 import tempfile
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -168,14 +169,16 @@ def published_preview(folder: Path, record: Record) -> bytes:
     image, label, classes = (record.source[name] for name in ("image_column", "label_column", "classes"))
     chosen: dict[Any, tuple[str, bytes]] = {}
     with pq.ParquetFile(folder / min(record.published["files"])) as parquet:
-        columns = [image] if label is None else [image, label]
-        first = next(parquet.iter_batches(PREVIEW_FROM, columns=columns)).to_pylist()
-    for row, values in enumerate(first):
-        value = row if label is None else values[label]
-        named = classes is not None and isinstance(value, int) and 0 <= value < len(classes)
-        name = "" if label is None else str(classes[value] if named and classes else value)
-        if len(chosen) < PREVIEW_PICTURES:
-            chosen.setdefault(value, (name[:16], values[image]["bytes"]))
+        batches = parquet.iter_batches(8, columns=[image] if label is None else [image, label])
+        rows = (row for batch in batches for row in batch.to_pylist())
+        for number, row in enumerate(islice(rows, PREVIEW_FROM)):
+            value = number if label is None else row[label]
+            if value not in chosen:
+                known = classes and isinstance(value, int) and 0 <= value < len(classes)
+                name = "" if label is None else str(classes[value] if known else value)
+                chosen[value] = (name[:16], row[image]["bytes"])
+            if len(chosen) == PREVIEW_PICTURES:
+                break
     title = f"published pictures ({record.method})"
     shown = [(name, decode(data)) for name, data in chosen.values()]
     return preview.draw_published([picture for _, picture in shown], [name for name, _ in shown], title=title)
@@ -219,21 +222,17 @@ def _page(
         pictures["heat_map"] = maps[0]
     load = f'"{repository.repo_id}"' if config == "default" else f'"{repository.repo_id}", "{config}"'
     load += "" if repository.revision is None else f', revision="{repository.revision}"'
+    own = None if config == "default" else f"{record.source['dataset']}, protected with {record.method}: {config}"
     return card.dataset_page(
         record,
         load=load,
-        title=words.title or _title(record, config),
+        title=words.title or own,
         pictures=pictures,
         unfinished=unfinished,
         license=words.license,
         source_license=words.source_license,
         contact=words.contact,
     )
-
-
-def _title(record: Record, config: str) -> str:
-    title = f"{record.source['dataset']}, protected with {record.method}"
-    return title if config == "default" else f"{title} (configuration {config})"
 
 
 def _announced(repository: Repository, config: str) -> bool:

@@ -4,11 +4,11 @@ import io
 import json
 import tarfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import replace
 from itertools import groupby
 from pathlib import Path
-from typing import Any, Literal, Protocol, Self, TypeAlias
+from typing import Any, Literal, Protocol, TypeAlias
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -82,8 +82,10 @@ class ParquetFile:
     def __init__(self, features: Features) -> None:
         self.schema = features.arrow_schema
 
-    def writer(self, file: Path) -> AbstractContextManager[Writer]:
-        return _ParquetWriter(file, self.schema)
+    @contextmanager
+    def writer(self, file: Path) -> Iterator[Writer]:
+        with pq.ParquetWriter(file, self.schema, compression="none") as parquet:
+            yield _ParquetWriter(parquet)
 
     def read(self, file: Path, batch_size: int) -> Iterator[list[dict[str, Any]]]:
         with pq.ParquetFile(file) as parquet:
@@ -92,19 +94,12 @@ class ParquetFile:
 
 
 class _ParquetWriter:
-    def __init__(self, file: Path, schema: pa.Schema) -> None:
-        self.schema = schema
-        self.parquet = pq.ParquetWriter(file, schema, compression="none")
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(self, *raised: object) -> None:
-        self.parquet.close()
+    def __init__(self, parquet: pq.ParquetWriter) -> None:
+        self.parquet = parquet
 
     def write(self, rows: Sequence[Row], where: Sequence[str]) -> list[dict[str, Any]]:
         del where
-        table = pa.Table.from_pylist(list(rows), schema=self.schema)
+        table = pa.Table.from_pylist(list(rows), schema=self.parquet.schema)
         if len(table):
             self.parquet.write_table(table, row_group_size=len(table))
         return table.to_pylist()
@@ -163,8 +158,10 @@ class Archive:
                     "not known; expected text, numbers, json or bytes"
                 )
 
-    def writer(self, file: Path) -> AbstractContextManager[Writer]:
-        return _ArchiveWriter(file, self)
+    @contextmanager
+    def writer(self, file: Path) -> Iterator[Writer]:
+        with tarfile.open(file, "w:", format=tarfile.PAX_FORMAT) as archive:
+            yield _ArchiveWriter(archive, self)
 
     def read(self, file: Path, batch_size: int) -> Iterator[list[dict[str, Any]]]:
         with tarfile.open(file, "r:", bufsize=_BLOCK) as archive:
@@ -208,15 +205,8 @@ class Archive:
 
 
 class _ArchiveWriter:
-    def __init__(self, file: Path, form: Archive) -> None:
-        self.form, self.count, self.last = form, 0, ""
-        self.archive = tarfile.open(file, "w:", format=tarfile.PAX_FORMAT)  # noqa: SIM115 (closed by __exit__)
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(self, *raised: object) -> None:
-        self.archive.close()
+    def __init__(self, archive: tarfile.TarFile, form: Archive) -> None:
+        self.archive, self.form, self.count, self.last = archive, form, 0, ""
 
     def write(self, rows: Sequence[Row], where: Sequence[str]) -> list[dict[str, Any]]:
         found = []

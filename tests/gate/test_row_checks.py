@@ -161,6 +161,13 @@ def test_a_share_that_each_row_was_drawn_for(noise: Path) -> None:
         ("from /root/cat.jpg", "a local path"),
         (r"C:\Users\me\cat.jpg", "a local path"),
         ("file:///cat.jpg", "a local path"),
+        ("C:/Users/me/cat.jpg", "a local path"),
+        (r"\\nas\me\cat.jpg", "a local path"),
+        ("from ~/cats/cat.jpg", "a local path"),
+        ("path:/home/me/cat.jpg", "a local path"),
+        ("/lustre/u/me/cat.jpg", "a local path"),
+        ("/scratch/me/cat.jpg", "a local path"),
+        ("/kaggle/input/cat.jpg", "a local path"),
         ("GPSLatitude: 48.1", "EXIF or GPS data"),
         ("{'DateTimeOriginal': '2020:01:01'}", "EXIF or GPS data"),
         ("48.85837, 2.29448", "EXIF or GPS data"),
@@ -174,7 +181,19 @@ def test_values_that_tell_of_a_person_or_machine(cuda: Path, text: str, what: st
 
 
 @pytest.mark.parametrize(
-    "text", ["https://example.org/home/me", "and/or", "x/home/y", "a: b", "1.5, 2.5", "the root/home of it", "10:30"]
+    "text",
+    [
+        "https://example.org/home/me",
+        "and/or",
+        "x/home/y",
+        "a: b",
+        "1.5, 2.5",
+        "the root/home of it",
+        "10:30",
+        "s3://data/x",
+        "~5",
+        "in data/x",
+    ],
 )
 def test_values_that_do_not(cuda: Path, text: str) -> None:
     rewrite(cuda, lambda rows: rows[2].update(name=text))

@@ -42,7 +42,7 @@ def poisoned(
 
 
 def p_value(pictures: list[Picture], labels: list[int], poison: Poison, decoys: int = 8000, **more: Any) -> float:
-    return prove([(pictures, labels)], poison, decoys=decoys, progress=False, **more).p_value
+    return prove([(pictures, labels)], poison, decoys=decoys, decoy_key=0, progress=False, **more).p_value
 
 
 def through(picture: Picture, *, size: tuple[int, int] | None = None, quality: int | None = None) -> Picture:
@@ -104,7 +104,7 @@ def test_p_values_of_wrong_keys_are_uniform(kind: type[Poison]) -> None:
     assert distance_from_uniform([proof.p_value for proof in judged]) < 2.2 / math.sqrt(150)  # of 1 in 10,000
     singles = [p for proof in judged for p in proof.class_p_values]
     assert distance_from_uniform(singles) < 2.2 / math.sqrt(600)
-    assert reading.judge(kind(seed=RIGHT), decoys=800, progress=False).p_value < 1e-4
+    assert reading.judge(kind(seed=RIGHT), decoys=800, decoy_key=0, progress=False).p_value < 1e-4
 
 
 def test_ties_count_against_the_key() -> None:
@@ -130,7 +130,7 @@ def test_ties_count_against_the_key() -> None:
 @pytest.mark.parametrize("size", [(32, 32), (24, 40), (112, 100)])
 def test_the_right_key_is_recognised_and_a_wrong_one_is_not(kind: type[Poison], size: tuple[int, int]) -> None:
     pictures, labels = poisoned(kind(seed=RIGHT), per_class=24 if size[0] < 96 else 12, size=size)
-    proof = prove([(pictures, labels)], kind(seed=RIGHT), decoys=8000, progress=False)
+    proof = prove([(pictures, labels)], kind(seed=RIGHT), decoys=8000, decoy_key=0, progress=False)
     assert proof.p_value <= 1e-6
     assert (proof.method, proof.classes, proof.rows, proof.decoys) == (kind.name, 4, len(pictures), 8000)
     assert proof.p_value == combined(proof.class_p_values)
@@ -142,7 +142,7 @@ def test_the_right_key_is_recognised_and_a_wrong_one_is_not(kind: type[Poison], 
 @pytest.mark.parametrize("size", [(32, 40), (100, 112)])
 def test_processes_are_recognised(size: tuple[int, int]) -> None:
     pictures, labels = poisoned(ArPoison(seed=RIGHT), per_class=24 if size[0] < 96 else 12, size=size)
-    proof = prove([(pictures, labels)], ArPoison(seed=RIGHT), decoys=1200, progress=False)
+    proof = prove([(pictures, labels)], ArPoison(seed=RIGHT), decoys=1200, decoy_key=0, progress=False)
     assert proof.p_value < 1e-3
     assert max(proof.class_p_values) < 0.2
     assert 300 < proof.decoys < 900  # 300 for the first class, and fewer for the others
@@ -161,7 +161,7 @@ def test_p_values_of_wrong_processes_are_uniform() -> None:
 def test_few_pictures_and_two_classes() -> None:
     pictures, labels = poisoned(CudaPoison(seed=RIGHT), classes=2)
     assert p_value(pictures, labels, CudaPoison(seed=RIGHT), decoys=40_000) < 1e-3
-    one_each = prove([(pictures[:2], labels[:2])], CudaPoison(seed=RIGHT), decoys=1000, progress=False)
+    one_each = prove([(pictures[:2], labels[:2])], CudaPoison(seed=RIGHT), decoys=1000, decoy_key=0, progress=False)
     assert 0 < one_each.p_value <= 1
     assert any("no p is below" in note for note in one_each.notes)
 
@@ -189,9 +189,9 @@ def test_original_size_says_which_filters_and_at_which_scale() -> None:
 def test_batches_do_not_matter() -> None:
     for poison in (CudaPoison(seed=RIGHT), LspPoison(seed=RIGHT)):
         pictures, labels = poisoned(poison)
-        whole = prove([(pictures, labels)], poison, decoys=2000, progress=False)
+        whole = prove([(pictures, labels)], poison, decoys=2000, decoy_key=0, progress=False)
         parts = [(pictures[i : i + 7], labels[i : i + 7]) for i in range(0, len(pictures), 7)]
-        again = prove(iter(parts), poison, decoys=2000, progress=False)
+        again = prove(iter(parts), poison, decoys=2000, decoy_key=0, progress=False)
         assert again.class_p_values == whole.class_p_values
         assert again.statistic == pytest.approx(whole.statistic, rel=1e-4)
 
@@ -201,20 +201,20 @@ def test_pictures_of_several_sizes() -> None:
     many, labels = poisoned(poison, per_class=16)
     wide, others = poisoned(poison, per_class=8, size=(40, 64))
     few, rest = poisoned(poison, per_class=2, size=(16, 16))
-    proof = prove([(many + few + wide, labels + rest + others)], poison, decoys=8000, progress=False)
+    proof = prove([(many + few + wide, labels + rest + others)], poison, decoys=8000, decoy_key=0, progress=False)
     assert proof.p_value < 1e-6
     assert proof.rows == 96  # a tile fits the first and the last
     assert any(note.startswith("8 pictures did not count") for note in proof.notes)
     lsp = LspPoison(seed=RIGHT)
     many, labels = poisoned(lsp, per_class=16)
     wide, others = poisoned(lsp, per_class=8, size=(40, 64))
-    assert prove([(wide + many, others + labels)], lsp, decoys=8000, progress=False).rows == 64
+    assert prove([(wide + many, others + labels)], lsp, decoys=8000, decoy_key=0, progress=False).rows == 64
 
 
 def test_only_protected_classes_count() -> None:
     poison = CudaPoison(seed=RIGHT, classes=(1, 3, 4))
     pictures, labels = poisoned(poison, per_class=30, classes=5)
-    proof = prove([(pictures, labels)], poison, decoys=30_000, progress=False)
+    proof = prove([(pictures, labels)], poison, decoys=30_000, decoy_key=0, progress=False)
     assert (proof.classes, proof.rows) == (3, 90)
     assert proof.p_value < 1e-4
     assert any("60 pictures of unprotected classes" in note for note in proof.notes)
@@ -235,7 +235,7 @@ def test_permuted_filters_are_those_of_the_next_class() -> None:
 
 def test_an_int_seed_is_recognised_with_a_warning() -> None:
     pictures, labels = poisoned(CudaPoison(seed=7))
-    proof = prove([(pictures, labels)], CudaPoison(seed=7), decoys=8000, progress=False)
+    proof = prove([(pictures, labels)], CudaPoison(seed=7), decoys=8000, decoy_key=0, progress=False)
     assert proof.p_value < 1e-6
     assert any("int seed" in note for note in proof.notes)
 
@@ -416,7 +416,7 @@ def test_bad_input() -> None:
         p_value(pictures, labels, poison, original_size=(0, 32))
     reading = read([(pictures, labels)], poison, progress=False)
     with pytest.raises(ValueError, match="expected the settings"):
-        reading.judge(CudaPoison(seed=RIGHT, blur=0.1), decoys=800, progress=False)
+        reading.judge(CudaPoison(seed=RIGHT, blur=0.1), decoys=800, decoy_key=0, progress=False)
 
 
 def test_the_experiment(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -439,3 +439,13 @@ def test_the_experiment(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> N
     assert "2 of 2 right keys" in capsys.readouterr().out
     assert script.main(f"--dataset demo --poison lsp --damage blur --output {output}".split()) == 1
     assert "jpeg-QUALITY" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("own", [math.nan, 1.0])
+def test_scores_that_are_no_numbers_count_for_the_decoys(own: float) -> None:
+    scores = iter([np.array([own]), np.array([math.nan] * 60 + [0.0] * 40)])
+    test = ClassTest(
+        label=0, own=np.zeros(1), draw=lambda _, count: np.zeros((count, 1)), score=lambda rows: next(scores), size=1
+    )
+    rank = test.rank(100, numpy_generator(0, "test"), tqdm(disable=True))
+    assert rank.p_value == (1.0 if math.isnan(own) else 61 / 101)

@@ -70,3 +70,18 @@ def test_a_mark_without_its_end_is_an_error() -> None:
     made = pages.put(None, "default", "x", {}).replace("<!-- end of", "<!-- ende of")
     with pytest.raises(ValueError, match="without"):
         pages.put(made, "default", "y", {})
+
+
+def test_front_matter_ends_where_a_line_begins_with_dashes() -> None:
+    own = "---\n# ---------- metadata ----------\nlicense: mit\npretty_name: Shapes ---\n---\n\n# Mine\n"
+    assert pages.split(own) == ({"license": "mit", "pretty_name": "Shapes ---"}, "\n# Mine\n")
+    assert pages.split("---\n---\ntext") == ({}, "text")
+    made = pages.put(own, "default", "ours", {"tags": ["a"]})
+    assert pages.split(pages.put(made, "default", "ours", {"tags": ["a"]}))[0]["license"] == "mit"
+
+
+def test_an_end_that_stands_before_the_beginning_is_not_ours() -> None:
+    begin, end = pages._marks("default")
+    made = pages.put(f"quoted: `{end}`\n", "default", "ours", {})
+    assert pages.part_of(made, "default") == "ours"
+    assert begin in made

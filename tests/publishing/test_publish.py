@@ -5,6 +5,7 @@ import json
 import re
 import shutil
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import PIL.Image
@@ -34,8 +35,8 @@ def folder(small: Dataset, tmp_path: Path) -> Path:
     return tmp_path / "out"
 
 
-def send(folder: Path, repo_id: str = MINE, **more: object) -> Publication:
-    return publish(folder, Repository(repo_id), progress=False, **more)  # type: ignore[arg-type]
+def send(folder: Path, repo_id: str = MINE, **more: Any) -> Publication:
+    return publish(folder, Repository(repo_id), progress=False, **more)
 
 
 def readme(hub: Hub, repo_id: str = MINE) -> str:
@@ -225,8 +226,8 @@ def test_what_came_between_is_not_called_finished(
 ) -> None:
     compared = push._compare
 
-    def interrupted(*args: object) -> None:
-        compared(*args)  # type: ignore[arg-type]
+    def interrupted(*args: Any) -> None:
+        compared(*args)
         Repository(MINE).commit("meanwhile", {"data/train-00000-of-00001.parquet": b"other"})
 
     monkeypatch.setattr(push, "_compare", interrupted)
@@ -248,6 +249,38 @@ def test_files_of_others_are_kept_and_tags_follow_the_method(
     tags = pages.split(readme(logged_in))[0]["tags"]
     assert "random-noise" in tags
     assert "cuda" not in tags
+
+
+def test_a_repository_with_a_stray_shard_is_not_called_finished_as_it_is(
+    logged_in: Hub, folder: Path, small: Dataset, tmp_path: Path
+) -> None:
+    send(folder)
+    small.to_parquet(tmp_path / "more.parquet")
+    Repository(MINE).commit("more", {"data/train-00001-of-00002.parquet": tmp_path / "more.parquet"})
+    send(folder)
+    assert [path for path in logged_in.files("dataset", MINE) if path.startswith("data/")] == [
+        "data/train-00000-of-00001.parquet"
+    ]
+    assert np.array_equal(pixels(load_dataset(MINE, split="train")), pixels(CudaPoison(seed=SECRET).apply(small)))
+
+
+def test_lost_metadata_are_put_back(logged_in: Hub, folder: Path, small: Dataset) -> None:
+    send(folder)
+    before = pages.split(readme(logged_in))[0]["configs"]
+    data, text = pages.split(readme(logged_in))
+    del data["configs"]
+    Repository(MINE).commit("lost", {"README.md": pages.join(data, text)})
+    send(folder)
+    assert pages.split(readme(logged_in))[0]["configs"] == before
+
+
+def test_a_preview_without_labels_or_of_few_rows(small: Dataset, tmp_path: Path) -> None:
+    for name, rows in (("bare", small.remove_columns("label")), ("few", small.select(range(2)))):
+        poison = RandomNoisePoison(seed=SECRET)
+        protect(rows, poison, tmp_path / name, source="small", progress=False)
+        drawn = push.published_preview(tmp_path / name, Record.load(tmp_path / name / "record.json"))
+        with PIL.Image.open(io.BytesIO(drawn)) as picture:
+            assert (picture.width > 500) == (name == "bare")
 
 
 def test_the_card_of_a_branch_loads_the_branch(logged_in: Hub, folder: Path) -> None:

@@ -11,6 +11,7 @@ from hf_unlearnable import ArPoison, CudaPoison, OpsPoison, PilPoison, RandomNoi
 from hf_unlearnable.batches import Batches
 from hf_unlearnable.poisons.base import Poison
 from hf_unlearnable.protect import protect
+from hf_unlearnable.publishing import verify as verifying
 from hf_unlearnable.publishing.hub import HubError, Repository
 from hf_unlearnable.publishing.push import publish
 from hf_unlearnable.publishing.verify import Outcome, judged, recognise, verify
@@ -325,3 +326,47 @@ def test_sizes_and_schemas_are_looked_at(small: Dataset, tmp_path: Path) -> None
         (folder / "record.json").write_text(json.dumps({**record, "schema": schema}))
         with pytest.raises(ValueError, match="expected a record in JSON"):
             verify(folder, progress=False)
+
+
+def test_decoys_are_drawn_afresh_each_time(small: Dataset, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    folder = made(small, CudaPoison(seed=SECRET), tmp_path / "out")
+    keys: list[bytes] = []
+
+    def proved(*_: object, decoy_key: bytes, **__: object) -> None:
+        keys.append(decoy_key)
+        raise ValueError("seen")
+
+    monkeypatch.setattr(verifying, "prove", proved)
+    for _ in range(2):
+        verify(folder, key=SECRET, progress=False)
+    with pytest.raises(ValueError, match="seen"):
+        recognise(small, Record.load(folder / "record.json"), SECRET, progress=False)
+    assert [len(key) for key in keys] == [32] * 3
+    assert len(set(keys)) == 3
+
+
+@pytest.mark.parametrize("place", [("pixels", "l2", "largest"), ("settings", "epsilon"), ("published", "rows")])
+def test_numbers_of_any_length_are_told_and_stop_nothing(
+    small: Dataset, tmp_path: Path, place: tuple[str, ...]
+) -> None:
+    folder = made(small, RandomNoisePoison(seed=SECRET), tmp_path / "out")
+    record = json.loads((folder / "record.json").read_text())
+    inner = record
+    for part in place[:-1]:
+        inner = inner[part]
+    inner[place[-1]] = 10**400
+    (folder / "record.json").write_text(json.dumps(record))
+    (outcome,) = verify(folder, progress=False)
+    assert (outcome.name, outcome.status) == ("record", "failed")
+    with pytest.raises(ValueError, match="the record is incomplete"):
+        recognise(small, Record.load(folder / "record.json"), SECRET, progress=False)
+
+
+def test_a_claim_that_was_not_shown_is_no_success(
+    small: Dataset, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder = made(small, RandomNoisePoison(seed=12345), tmp_path / "out")
+    main = load_script("verify").main
+    assert main([str(folder), "--no-progress"]) == 0
+    assert main([str(folder), "--no-progress", "--seed", "12345"]) == 1
+    assert "nothing failed\n  whose it is was not shown" in capsys.readouterr().out
