@@ -44,7 +44,8 @@ class Transform:
     Args:
         image_column: where the pictures are; None finds the one picture column.
         label_column: where the labels are; None finds the one label column, if the transform needs labels.
-        image_format: "png" or "webp" (lossless; smaller for large pictures).
+        image_format: "png" or "webp" (lossless; smaller for large pictures). A later map that hands WebP pictures back
+            makes `datasets` store them anew with loss; PNG stays lossless.
         compress_level: 0 (stored) to 9 (smallest); see `images.encode`.
         device: where the arithmetic runs ("cpu", "cuda", ...). The pixels do not depend on it.
     """

@@ -425,3 +425,9 @@ def test_extra_features_pass_through(small: Dataset) -> None:
     applied = Invert().apply(wide.cast(features))
     assert applied.features == features
     assert applied["box"][:] == wide["box"][:]
+
+
+def test_a_later_map_that_hands_pictures_back_keeps_them(small: Dataset) -> None:
+    protected = RandomNoisePoison(seed=bytes(32)).apply(small)
+    again = protected.map(lambda row: {"img": row["img"]})
+    assert np.array_equal(pixels(again), pixels(protected))
