@@ -169,8 +169,9 @@ def seen_at(setting: Mapping[str, Any]) -> str:
 
 
 def _sentence(found: Mapping[str, Any]) -> str:
-    setting, best = found["setting"], found["learnability"]
+    setting, best, datasets = found["setting"], found["learnability"], len(found["pixels_sha256"])
     where = f"{setting['backbone']}, recipe {setting['recipe']}, {setting['train_rows']:,} rows{seen_at(setting)}"
+    where += f"; mean over {datasets} datasets protected alike, this one among them" if datasets > 1 else ""
     if found["refused"] or best is None:
         return f"**Nothing is claimed** ({where}): {'; '.join(found['refused'])}."
     clean = "not measured" if found["clean"] is None else f"{100 * found['clean']:.1f} %"

@@ -76,6 +76,7 @@ def run(arguments: argparse.Namespace) -> None:
             repository,
             class_name=POISONS[Surrogate.load(source).method].__name__,
             private=arguments.private or None,
+            key=None if arguments.key_file is None else read_key(arguments.key_file),
             allow_guessable_key=arguments.allow_guessable_key,
             license=arguments.license,
             title=arguments.title,
@@ -123,6 +124,8 @@ def show(done: Publication, *, dry_run: bool) -> None:
         names = [*done.record.published["files"], *done.files, "README.md"]
         print(f"{done.url}: every check passed; {rows:,} rows and these files would be sent:")
         print("\n".join(f"  {name}" for name in names))
+        if done.unseen:
+            print(f"what is there already was not looked at: {done.unseen}")
         return
     print(f"{done.url}: {rows:,} rows published, read back and found as recorded")
     if not done.record.results:

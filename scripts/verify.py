@@ -20,7 +20,7 @@ from datasets.exceptions import DatasetBuildError
 from hf_unlearnable import sources
 from hf_unlearnable.keys import read_key
 from hf_unlearnable.publishing.hub import Repository
-from hf_unlearnable.publishing.push import read_record
+from hf_unlearnable.publishing.standing import read_record
 from hf_unlearnable.publishing.verify import Outcome, judged, recognise, verify
 from hf_unlearnable.record import Record
 

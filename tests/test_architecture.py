@@ -58,7 +58,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "theory": {"keys"},
     "benchmarks": {"benchmarks", "fitting", "defenses", "poisons"} | L0 | L1,
     "sharding": {"sharding", "digests", "record", "card", "protect", "preview", "metrics", "poisons"} | L0 | L1,
-    "gate": {"gate", "digests", "record", "metrics"} | L0 | L1,
+    "gate": {"gate", "digests", "record", "metrics", "poisons"} | L0 | L1,
     "ownership": {"ownership", "poisons"} | L0 | L1,
     "publishing": {"publishing", "gate", "ownership", "digests", "record", "card", "preview", "poisons", "surrogate"}
     | L0

@@ -173,13 +173,16 @@ def report(
         first = {attacker_of(outcome): outcome.result for outcome in reversed(own) if outcome.result}
         shown = [(name, first[name]) for name in wanted if name in first]
         pictures.confusions(shown, output / f"confusion-{told.arm}.png", title=f"{told.arm}: {title}")
-        for arm in (arm for arm in protected if arm.label == told.arm and note):
-            _note(Path(arm.path), told, [cell for cell in found if cell.arm in (told.arm, "clean")], setting)
+        alike = [arm for arm in protected if arm.label == told.arm]
+        of = {"setting": setting, "pixels_sha256": [arm.digest for arm in alike]}
+        for arm in alike if note else ():
+            _note(Path(arm.path), told, [cell for cell in found if cell.arm in (told.arm, "clean")], of)
     return verdicts
 
 
-def _note(folder: Path, told: Verdict, found: Sequence[Cell], setting: dict[str, Any]) -> None:
-    """Put a verdict into a record and its card, in place of those that measured no attacker besides.
+def _note(folder: Path, told: Verdict, found: Sequence[Cell], of: dict[str, Any]) -> None:
+    """Put a verdict into a record and its card, in place of those that measured no attacker besides, with its setting
+    and the digests of the pictures that it was measured on (`of`).
 
     A card that somebody else has written on is left alone.
     """
@@ -187,7 +190,7 @@ def _note(folder: Path, told: Verdict, found: Sequence[Cell], setting: dict[str,
         record = Record.load(folder / "record.json")
         page = folder / "README.md"
         ours = not page.exists() or page.read_text() == card.local_page(record)
-        entry = {"setting": {**setting, "seeds": list(setting["seeds"])}, **asdict(told)}
+        entry = {**of, "setting": {**of["setting"], "seeds": list(of["setting"]["seeds"])}, **asdict(told)}
         entry["cells"] = [asdict(cell) for cell in found]
         same = ("dataset", "train_rows", "image_size", "backbone", "recipe")
 

@@ -17,7 +17,7 @@ BOUNDED_BY = frozenset({"epsilon", "l2_radius", "sparsity"})
 _SHA256 = re.compile(r"[0-9a-f]{64}")
 _COMMITMENT = re.compile(r"sha256:[0-9a-f]{64}")
 _SPREAD = ("mean", "sd", "p5", "p95", "least", "largest")
-_RESULT = {"setting", "attacker", "learnability", "clean", "chance", "measured", "refused", "cells"}
+_RESULT = {"setting", "pixels_sha256", "attacker", "learnability", "clean", "chance", "measured", "refused", "cells"}
 _NUMBER = (int, float)
 _NONE = type(None)
 
@@ -107,7 +107,8 @@ def lacking(record: Record) -> Iterator[str]:
     if not (isinstance(record.results, list) and all(isinstance(result, dict) for result in record.results)):
         yield "results: expected a list of mappings"
     elif wrong := [i for i, found in enumerate(record.results) if not found.keys() >= _RESULT]:
-        yield f"results: expected {', '.join(sorted(_RESULT))} in each, entry {wrong[0]} lacks some"
+        hint = "`evaluate.py --report-only` with the same arguments notes them anew"
+        yield f"results: expected {', '.join(sorted(_RESULT))} in each, entry {wrong[0]} lacks some: {hint}"
     if isinstance(record.published, dict) and isinstance(files := record.published.get("files"), dict):
         yield from _lacking_of_files(files)
     if isinstance(record.pixels, dict) and isinstance(found := record.pixels.get("budgets"), list):
@@ -202,6 +203,10 @@ def disagreements(record: Record) -> Iterator[str]:
         value = getattr(record, part).get(name)
         if value is not None and not _is_sha256(value):
             yield f"{part}.{name}: expected 64 hexadecimal digits"
+    for i, found in enumerate(record.results):
+        digests = found["pixels_sha256"]
+        if not (isinstance(digests, list) and published["pixels_sha256"] in digests):
+            yield f"results, entry {i}: measured on other pictures than these (pixels_sha256)"
     files, split = published["files"], source["split"]
     folder = min(files, default="data/").rpartition("/")[0]
     if set(files) != {f"{folder}/{split}-{i:05d}-of-{len(files):05d}.parquet" for i in range(len(files))} or not files:

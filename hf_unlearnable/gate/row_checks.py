@@ -2,7 +2,8 @@
 
 import hashlib
 import math
-from collections.abc import Iterator, Sequence
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +13,7 @@ import pyarrow.parquet as pq
 from datasets import Dataset
 from tqdm.auto import tqdm
 
+from hf_unlearnable.budget import Budget
 from hf_unlearnable.digests import columns_digest
 from hf_unlearnable.gate import traces
 from hf_unlearnable.gate.clean_checks import (
@@ -27,6 +29,7 @@ from hf_unlearnable.gate.finding import Finding, Problems
 from hf_unlearnable.gate.folder_checks import features_of
 from hf_unlearnable.gate.record_checks import BOUNDED_BY
 from hf_unlearnable.images import Picture, digest
+from hf_unlearnable.poisons.names import POISONS, arguments_of
 from hf_unlearnable.record import Record
 
 
@@ -65,6 +68,7 @@ class _Rows:
         self.problems, self.blank = Problems(), Problems()
         self.pixels_sha, self.columns_sha = hashlib.sha256(), hashlib.sha256()
         self.count = self.eligible = self.largest = 0
+        self.sizes: Counter[tuple[int, int]] = Counter()
         self.all_decoded = True
         others = [field for field in schema if field.name != self.image]
         self.telling = [field.name for field in others if any(traces.telling(inner.name) for inner in _within(field))]
@@ -82,6 +86,8 @@ class _Rows:
                 continue
             self.pixels_sha.update(digest(picture.pixels))
             self.largest = max(self.largest, picture.pixels.numel())
+            height, width = picture.pixels.shape[1:]
+            self.sizes[height, width] += 1
             if constant(picture.pixels[None])[0]:
                 self.blank.add("blank", "one colour all over", row)
         eligible = self._eligible(table)
@@ -175,13 +181,17 @@ class _Rows:
 
     def _misbudgeted(self, beside: Beside | None) -> Iterator[str]:
         settings, measures, budgets = self.record.settings, self.record.pixels, budgets_of(self.record)
+        promised = _promised(self.record, self.sizes) if self.all_decoded else None
+        if promised is not None:
+            told = Counter({Budget(one["norm"], one["epsilon"]): one["kept_by_rows"] for one in measures["budgets"]})
+            if told != promised:
+                settled = f"by its settings {self.record.method!r} keeps {_budgets_told(promised)}"
+                yield f"{settled}, the record tells of {_budgets_told(told)}"
+        elif not budgets and (bounds := sorted(BOUNDED_BY & settings.keys())):
+            yield f"the settings have a bound ({bounds[0]}), and the record no budget that was kept"
         if not budgets:
-            if bounds := sorted(BOUNDED_BY & settings.keys()):
-                yield f"the settings have a bound ({bounds[0]}), and the record no budget that was kept"
             return
-        budget, epsilon = budgets[-1][0], settings.get("epsilon")
-        if budget.norm == "linf" and isinstance(epsilon, int | float) and abs(epsilon - budget.epsilon) >= 1 / 255:
-            yield f"the record has kept linf {255 * budget.epsilon:g}/255, its settings say {255 * epsilon:g}/255"
+        budget = budgets[-1][0]
         if beside is not None:
             if not beside.problems.has("budget") and (more := beside.beyond_their_number()):
                 yield f"the changes of {more} rows are larger than the budgets of the record allow for their number"
@@ -198,6 +208,33 @@ def _not_its_source(found: str, source: dict[str, Any]) -> str:
         f"{source['pixels_sha256'][:12]}...): give the split {source['split']!r} of {source['dataset']} in its order. "
         "Nothing was compared with them"
     )
+
+
+def _promised(record: Record, sizes: Mapping[tuple[int, int], int]) -> Counter[Budget] | None:
+    """The budgets that a method's settings promise for pictures of these heights and widths, and for how many; None of
+    a method, a version or settings that are not known here."""
+    known = POISONS.get(record.method)
+    if known is None or record.settings["version"] != known.version:
+        return None
+    try:
+        poison = known(seed=0, **arguments_of(record.settings))
+    except (ValueError, TypeError):
+        return None
+    promised: Counter[Budget] = Counter()
+    for (height, width), rows in sizes.items():
+        if (budget := poison.budget_for(height, width)) is not None:
+            promised[budget] += rows
+    return promised
+
+
+def _budgets_told(budgets: Mapping[Budget, int]) -> str:
+    kept = sorted(budgets.items(), key=lambda pair: pair[0].epsilon)
+    shown = [
+        f"{budget.norm} {255 * budget.epsilon:g}/255" if budget.norm == "linf" else f"{budget.norm} {budget.epsilon:g}"
+        for budget, _ in kept[:3]
+    ]
+    shown = [f"{told} ({rows} rows)" for told, (_, rows) in zip(shown, kept, strict=False)]
+    return ", ".join([*shown, *(["more"] if len(kept) > 3 else [])]) or "none"
 
 
 def _within(field: pa.Field) -> Iterator[pa.Field]:

@@ -16,6 +16,7 @@ from hf_unlearnable.images import decode
 from hf_unlearnable.keys import Key, check_key
 
 LEAST_DIGITS = 6
+ROWS_AT_ONCE = 16
 _PIECE = 1 << 24
 _OVERLAP = 256
 _FRAMES = (b"IDAT", b"fdAT")
@@ -125,7 +126,7 @@ def _parts(path: Path, told: str) -> Iterator[tuple[str, bytes | mmap.mmap]]:
 def _parquet(path: Path) -> Iterator[bytes]:
     """Rows and schema, uncompressed. An unreadable rest cannot be looked through, and is an error of its own."""
     with pq.ParquetFile(path) as parquet:
-        batches = parquet.iter_batches(500)
+        batches = parquet.iter_batches(ROWS_AT_ONCE)
         yield parquet.schema_arrow.serialize().to_pybytes()
         for batch in batches:
             sink = pa.BufferOutputStream()

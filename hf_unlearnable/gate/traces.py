@@ -12,6 +12,7 @@ _TRACES = {
     "a local path": re.compile(
         rf"(?<![\w.~/\\-])/(?:{_FOLDERS})/|(?<![\w/])~/\w|\b[A-Za-z]:(?:\\{{1,2}}|/(?!/))\w"
         r"|(?<![\w\\])\\\\\w+\\\w|\bfile://"
+        r"|(?<![\w.])\.\.?(?:/|\\{1,2})[\w.]|^[^\s:]+[/\\][^/\\\n:]+\.(?i:jpe?g|png|webp|gif|bmp|tiff?|heic|tar)$"
     ),
     "EXIF or GPS data": re.compile(
         r"\bGPS(?:Latitude|Longitude|Altitude|Info|Position)|\bDateTimeOriginal\b|\bMakerNote\b|\bExif\.\w+\."

@@ -1,5 +1,8 @@
 """Every poison by the name that commands, records and surrogates call it."""
 
+from collections.abc import Mapping
+from typing import Any
+
 from hf_unlearnable.poisons.ar import ArPoison
 from hf_unlearnable.poisons.base import Poison
 from hf_unlearnable.poisons.clusters import ClustersPoison
@@ -34,3 +37,9 @@ POISONS: dict[str, type[Poison]] = {
     "sem": SemPoison,
     "tap": TapPoison,
 }
+
+
+def arguments_of(settings: Mapping[str, Any]) -> dict[str, Any]:
+    """A poison's arguments from the settings that a record tells: without the version and the surrogate's digest."""
+    kept = {name: value for name, value in settings.items() if name not in ("version", "surrogate")}
+    return {name: tuple(value) if isinstance(value, list) else value for name, value in kept.items()}

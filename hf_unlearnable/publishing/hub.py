@@ -18,6 +18,7 @@ from huggingface_hub.errors import (
     OfflineModeIsEnabled,
     RemoteEntryNotFoundError,
     RepositoryNotFoundError,
+    RevisionNotFoundError,
 )
 
 T = TypeVar("T")
@@ -28,6 +29,10 @@ RepoType = Literal["dataset", "model"]
 
 class HubError(OSError):
     """The Hub did not do what was asked; the message says why and what helps."""
+
+
+class Unreachable(HubError):
+    """There is no network, or the Hub is switched off."""
 
 
 @dataclass(frozen=True)
@@ -76,6 +81,15 @@ class Repository:
         """
         info = asked(self.repo_id, self.api.repo_info, self.repo_id, repo_type=self.kind, revision=self.revision)
         return str(info.sha)
+
+    def commit_id_or_none(self) -> str | None:
+        """The same; None where there is no such repository or revision, or none that the token may see."""
+        try:
+            return self.commit_id()
+        except HubError as error:
+            if isinstance(error.__cause__, RepositoryNotFoundError | RevisionNotFoundError):
+                return None
+            raise
 
     def files(self) -> dict[str, dict[str, Any]]:
         """Every file by its path: its size in bytes, and its SHA-256 where the Hub tells it (large files)."""
@@ -154,7 +168,8 @@ def asked(repo_id: str, call: Callable[..., T], *args: Any, **kwargs: Any) -> T:
                 told = _told(cause)
                 if told is None:
                     raise
-                raise HubError(f"{repo_id}: {told}") from error
+                unreachable = _is_network(cause) and not isinstance(cause, HfHubHTTPError)
+                raise (Unreachable if unreachable else HubError)(f"{repo_id}: {told}") from error
             time.sleep(wait)
     raise AssertionError("the last try returns or raises")
 

@@ -19,18 +19,23 @@ from datasets import Dataset, IterableDataset, load_dataset
 from hf_unlearnable import card, preview
 from hf_unlearnable.digests import file_digest
 from hf_unlearnable.gate import checks
-from hf_unlearnable.gate.record_checks import lacking
 from hf_unlearnable.gate.secret_scan import holds_secret
 from hf_unlearnable.images import decode
 from hf_unlearnable.keys import Key
-from hf_unlearnable.poisons.names import POISONS
-from hf_unlearnable.publishing import pages
 from hf_unlearnable.publishing.attachments import evaluation_files, is_ours
-from hf_unlearnable.publishing.hub import HubError, Repository, asked
+from hf_unlearnable.publishing.hub import HubError, Repository, Unreachable, asked
 from hf_unlearnable.publishing.readback import Contents, Rows, contents, rows_of
+from hf_unlearnable.publishing.standing import (
+    README,
+    Standing,
+    check_room,
+    data_folder,
+    is_there,
+    new_card,
+    standing_of,
+)
 from hf_unlearnable.record import Record
 
-README = "README.md"
 PREVIEW_PICTURES, PREVIEW_FROM = 8, 1000
 
 
@@ -46,12 +51,17 @@ class Words:
 
 @dataclass(frozen=True)
 class Publication:
-    """What was published, or (in a dry run) would be: the card's part and the files by their path on the Hub."""
+    """What was published, or (in a dry run) would be: the card's part and the files by their path on the Hub.
+
+    Args:
+        unseen: of a dry run that could not reach the Hub: why. What is there was not looked at then.
+    """
 
     url: str
     record: Record
     page: str
     files: dict[str, str | bytes | Path]
+    unseen: str | None = None
 
 
 def publish(
@@ -87,7 +97,8 @@ def publish(
         show_clean: send the folder's own preview, with some clean pictures beside their published ones. From one such
             pair what a class-wise method adds to the whole class can be computed, without the key. Otherwise the
             preview shows published pictures alone.
-        dry_run: check and render everything, send nothing.
+        dry_run: check and render everything, and send nothing. The Hub is asked what the repository holds, and whether
+            it takes the card's metadata.
         batch_size: pictures held at a time.
 
     Raises:
@@ -111,57 +122,31 @@ def publish(
     shown: bytes | Path = folder / "preview.png" if show_clean else published_preview(folder, record)
     extra[f"assets/{config}/preview.png"] = shown
     page = _page(record, repository, config, extra, words)
+    prepared = Publication(repository.url, record, page, {**extra, **_record_file(record, config)})
+    try:
+        _standing(repository, record, config, page, words)
+    except Unreachable as error:
+        if dry_run:
+            return replace(prepared, unseen=str(error))
+        raise
     if dry_run:
-        return Publication(repository.url, record, page, {**extra, **_record_file(record, config)})
+        return prepared
     repository.create(private=private)
-    now = replace(repository, revision=repository.commit_id())
-    already = now.files()
-    place = _data_folder(config)
-    mine = f"results/{config}/record.json" in already or _announced(now, config)
-    foreign = [path for path in already if path.startswith(f"{place}/")]
-    if foreign and not mine:
-        raise HubError(
-            f"{repository.repo_id} already holds {foreign[0]} and {len(foreign) - 1} more files under the "
-            f"configuration {config!r}, which hf_unlearnable did not publish (and the history would keep them): choose "
-            "another repository or --config-name"
-        )
-    before = _usable_record(now, config)
-    if before is not None and before.source["split"] != record.source["split"]:
-        raise HubError(
-            f"{repository.repo_id}: the configuration {config!r} holds the split {before.source['split']!r}, whose "
-            f"record and card the split {record.source['split']!r} would replace: choose another --config-name"
-        )
-    there = _is_there(now, already, record, before, config)
+    found = _standing(repository, record, config, page, words)
+    if found is None:
+        raise HubError(f"{repository.repo_id}: was made, and the Hub does not show it: run the same command again")
+    now, place = found.at, data_folder(config)
+    there = is_there(found, record, config)
     if not there:
         _announce(repository, record, config, extra, words)
         _push(folder, record, repository, config)
         now = replace(repository, revision=repository.commit_id())
     record = replace(record, published={**record.published, "files": _pushed(now, place, record)})
     if not there:
-        found = contents(_read_back(now, record, batch_size), total=record.published["rows"], progress=progress)
-        _compare(found, record)
+        got = contents(_read_back(now, record, batch_size), total=record.published["rows"], progress=progress)
+        _compare(got, record)
     _finish(repository, record, config, extra, words, parent=now.revision)
     return Publication(repository.url, record, page, {**extra, **_record_file(record, config)})
-
-
-def read_record(repository: Repository, config: str) -> Record | None:
-    """The record of a published configuration, or None."""
-    text = repository.text(f"results/{config}/record.json")
-    if text is None:
-        return None
-    with tempfile.TemporaryDirectory() as folder:
-        path = Path(folder) / "record.json"
-        path.write_text(text)
-        return Record.load(path)
-
-
-def _usable_record(repository: Repository, config: str) -> Record | None:
-    """The record of a published configuration; None also where it is none that could be read or compared."""
-    try:
-        found = read_record(repository, config)
-    except ValueError:
-        return None
-    return None if found is None or [*lacking(found)] else found
 
 
 def published_preview(folder: Path, record: Record) -> bytes:
@@ -193,13 +178,19 @@ def pull(repository: Repository, paths: Sequence[str]) -> Iterator[Path]:
             file.unlink()
 
 
+def _standing(repository: Repository, record: Record, config: str, page: str, words: Words) -> Standing | None:
+    """What the repository holds, once it is sure that this may be put there; None where there is no such one yet."""
+    found = standing_of(repository, config)
+    if found is not None:
+        check_room(found, record, config)
+    readme = None if found is None else found.readme
+    new_card(repository.repo_id, readme, record, config, page, license=words.license, title=words.title)
+    return found
+
+
 def _check_config(config: str) -> None:
     if config in ("data", "assets", "results") or not config.replace("-", "_").replace(".", "_").isidentifier():
         raise ValueError(f"expected a configuration name of letters, digits, - and _, got {config!r}")
-
-
-def _data_folder(config: str) -> str:
-    return "data" if config == "default" else config
 
 
 def _record_file(record: Record, config: str) -> dict[str, str | bytes | Path]:
@@ -233,28 +224,6 @@ def _page(
         source_license=words.source_license,
         contact=words.contact,
     )
-
-
-def _announced(repository: Repository, config: str) -> bool:
-    """Whether an earlier run of ours began with this configuration."""
-    readme = repository.text(README)
-    return readme is not None and pages.part_of(readme, config) is not None
-
-
-def _is_there(
-    repository: Repository, already: dict[str, dict], record: Record, before: Record | None, config: str
-) -> bool:
-    """Whether these very pixels were published and found complete before: only the words are new then."""
-    readme = repository.text(README)
-    if before is None or readme is None or not pages.finished(readme, config):
-        return False
-    same = ("rows", "pixels_sha256", "image_format")
-    if any(before.published.get(name) != record.published.get(name) for name in same) or before.source != record.source:
-        return False
-    files, split = before.published["files"], record.source["split"]
-    named = {path for path in already if path.startswith(f"{_data_folder(config)}/{split}-")}
-    loads = (pages.loaded(readme, already, config) or {}).get(split)
-    return set(files) == named == set(loads or ()) and all(already.get(path) == facts for path, facts in files.items())
 
 
 def _announce(
@@ -350,24 +319,8 @@ def _write_card(
 ) -> None:
     parent = parent or repository.commit_id()
     readme = replace(repository, revision=parent).text(README)
-    front = card.front_matter(record, license=words.license, pretty_name=words.title)
-    new = pages.put(readme, config, page, front, stale=card.stale(POISONS))
-    asked(repository.repo_id, card_errors, new)
+    new = new_card(repository.repo_id, readme, record, config, page, license=words.license, title=words.title)
     if new != readme:
         add = {README: new, **add}
     if add or delete:
         repository.commit(message, add, delete, parent)
-
-
-def card_errors(readme: str) -> None:
-    """Ask the Hub whether it takes the front matter.
-
-    Raises:
-        ValueError: it does not; tells why.
-    """
-    from huggingface_hub import DatasetCard
-
-    try:
-        DatasetCard(readme).validate(repo_type="dataset")
-    except ValueError as error:
-        raise HubError(f"the Hub refuses the card's front matter: {error}") from error

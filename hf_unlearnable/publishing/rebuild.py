@@ -1,13 +1,12 @@
 """The poison that a record tells of, with the key that somebody claims."""
 
 from pathlib import Path
-from typing import Any
 
 from datasets import Dataset
 
 from hf_unlearnable.keys import Key
 from hf_unlearnable.poisons.base import Poison
-from hf_unlearnable.poisons.names import POISONS
+from hf_unlearnable.poisons.names import POISONS, arguments_of
 from hf_unlearnable.poisons.ops import OpsPoison
 from hf_unlearnable.poisons.with_surrogate import SurrogatePoison
 from hf_unlearnable.record import Record
@@ -30,17 +29,15 @@ def rebuild(
     if record.method not in POISONS:
         raise ValueError(f"this version knows no method {record.method!r}: {', '.join(POISONS)}")
     poison_class = POISONS[record.method]
-    settings: dict[str, Any] = {
-        name: tuple(value) if isinstance(value, list) else value for name, value in record.settings.items()
-    }
-    if (made := settings.pop("version", None)) != poison_class.version:
+    settings = arguments_of(record.settings)
+    if (made := record.settings.get("version")) != poison_class.version:
         raise ValueError(
             f"it was made by version {made} of {record.method!r}, this is version {poison_class.version}: its pixels "
             f"would differ; use hf_unlearnable {record.versions.get('hf_unlearnable')}"
         )
     columns = {"image_column": record.source["image_column"], "label_column": record.source["label_column"]}
     if issubclass(poison_class, SurrogatePoison):
-        recorded = settings.pop("surrogate", None)
+        recorded = record.settings.get("surrogate")
         if surrogate is None:
             raise ValueError(f"{record.method!r} is computed with its surrogate ({recorded}): give its file")
         poison: Poison = poison_class.from_surrogate(surrogate, seed=key, **settings, **columns)

@@ -5,6 +5,8 @@ from pathlib import Path
 from huggingface_hub import ModelCard
 
 from hf_unlearnable import card
+from hf_unlearnable.gate.secret_scan import files_hold_secret
+from hf_unlearnable.keys import Key
 from hf_unlearnable.publishing import pages
 from hf_unlearnable.publishing.hub import HubError, Repository
 from hf_unlearnable.surrogate import FILE, Surrogate
@@ -19,6 +21,7 @@ def publish_surrogate(
     *,
     class_name: str,
     private: bool | None = None,
+    key: Key | None = None,
     allow_guessable_key: bool = False,
     license: str | None = None,
     title: str | None = None,
@@ -29,15 +32,18 @@ def publish_surrogate(
     Args:
         class_name: the poison's class, for the card's code.
         private: only for a new repository.
+        key: the secret that it was trained under, to make sure that the file does not hold it.
         allow_guessable_key: whoever has a surrogate can recompute what was drawn from it; a public one needs this.
 
     Returns: the card's part of README.md.
 
     Raises:
-        FileNotFoundError, ValueError: no such file, or a damaged one.
+        FileNotFoundError, ValueError: no such file, or a damaged one; it holds the key.
         HubError: a public repository without `allow_guessable_key`; anything that the Hub refuses.
     """
     surrogate = Surrogate.load(path)
+    if key is not None and (places := files_hold_secret({FILE: Path(path)}, key)):
+        raise ValueError(f"the key is in {', '.join(places)}: nothing was sent")
     if not private and not allow_guessable_key:
         raise HubError(
             "whoever has a surrogate and the clean pictures can recompute what was made with it: publish it --private, "

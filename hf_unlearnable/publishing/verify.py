@@ -1,6 +1,7 @@
 """Verify what is published: is it whole, is it what its record says, whose is it?"""
 
 import hmac
+import re
 import secrets
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -14,7 +15,7 @@ import torch
 from datasets import Dataset, Image
 from tqdm.auto import tqdm
 
-from hf_unlearnable import columns
+from hf_unlearnable import card, columns
 from hf_unlearnable.digests import file_digest
 from hf_unlearnable.gate.checks import CHECKS
 from hf_unlearnable.gate.clean_checks import without_left_out
@@ -29,9 +30,9 @@ from hf_unlearnable.poisons.names import POISONS
 from hf_unlearnable.poisons.with_surrogate import SurrogatePoison
 from hf_unlearnable.publishing import pages
 from hf_unlearnable.publishing.hub import Repository
-from hf_unlearnable.publishing.push import README, read_record
 from hf_unlearnable.publishing.readback import Rows, rows_of
 from hf_unlearnable.publishing.rebuild import rebuild
+from hf_unlearnable.publishing.standing import README, read_record
 from hf_unlearnable.record import Record
 
 SAME_VALUES = 0.99
@@ -40,6 +41,8 @@ last bits between machines)."""
 FALSE_POSITIVES = 1e-6
 KEYLESS = frozenset({"ops", *(name for name, known in POISONS.items() if issubclass(known, SurrogatePoison))})
 """Methods whose pixels may be the same under other keys."""
+
+_FIGURES = re.compile(r"\d+\.\d+(?: ± \d+\.\d+)? %")
 
 Status = Literal["passed", "failed", "not checked"]
 
@@ -100,6 +103,7 @@ def verify(
     done.append(outcome)
     if isinstance(source, Repository):
         done.append(_what_loads(source, record, config, paths))
+        done.append(_card(source.text(README) or "", record, config))
     if outcome.status == "passed":
         done += _rows(dict(zip(_named(record), paths, strict=True)), record, clean, batch_size, progress)
     if key is not None:
@@ -225,6 +229,17 @@ def _what_loads(repository: Repository, record: Record, config: str, paths: Sequ
         return Outcome("loads", "failed", other)
     others = f"; of other splits, {sorted(set(told) - {split})}, the record tells nothing" if len(told) > 1 else ""
     return Outcome("loads", "passed", f"`load_dataset` reads these files as {config!r}, {split!r}{others}")
+
+
+def _card(readme: str, record: Record, config: str) -> Outcome:
+    """What the card says first, before its first section, is what the record's evaluations say."""
+    top = (pages.part_of(readme, config) or "").partition("\n## ")[0]
+    wanted = card.learned(record)
+    if wanted in top:
+        return Outcome("card", "passed", "it says of what a trainer still learns what the record says")
+    if sorted(_FIGURES.findall(top)) == sorted(_FIGURES.findall(wanted)):
+        return Outcome("card", "not checked", "it gives the figures of the record, in other words than this version's")
+    return Outcome("card", "failed", f"it does not say of what a trainer still learns what the record says: {wanted}")
 
 
 def _rows(

@@ -11,6 +11,7 @@ from datasets import load_dataset
 from hf_unlearnable.evaluation.attackers import Suite, suite
 from hf_unlearnable.evaluation.jobs import Job, Outcome
 from hf_unlearnable.evaluation.protocol import plan, protected_arms, report
+from hf_unlearnable.gate.checks import inspect
 from hf_unlearnable.record import Record
 from hf_unlearnable.reported import reported
 from tests.evaluation.test_findings import result
@@ -79,8 +80,11 @@ def test_the_report_writes_everything_and_tells_the_record(protected_once: list[
     for folder in folders:
         (found,) = Record.load(folder / "record.json").results
         assert found["attacker"] == "jpeg-10"
+        assert found["pixels_sha256"] == [arm.digest for arm in arms]
+        assert inspect(folder, progress=False, allow_guessable_key=True) == []
         card = (folder / "README.md").read_text()
         assert "A trainer still reaches 70.5" in card
+        assert "mean over 2 datasets protected alike, this one among them" in card
         assert "not measured" not in card.split("## What this is")[0]
         assert len(load_dataset(str(folder), split="train")) == 160
     report(made, arms, outcomes, output, anchor=0.8)

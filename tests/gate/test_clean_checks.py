@@ -107,9 +107,22 @@ def test_a_record_over_its_own_budget(whole: Path) -> None:
 
 def test_budgets_that_the_settings_do_not_promise(whole: Path) -> None:
     put(whole, "pixels.budgets", [])
-    assert "the settings have a bound (epsilon), and the record no budget" in only(whole, clean=source())
+    told = "by its settings 'random-noise' keeps linf 8/255 (24 rows), the record tells of "
+    assert f"{told}none" in only(whole)
     put(whole, "pixels.budgets", [{"norm": "linf", "epsilon": 16 / 255, "kept_by_rows": 24}])
-    assert "has kept linf 16/255, its settings say 8/255" in only(whole, clean=source())
+    assert f"{told}linf 16/255 (24 rows)" in only(whole)
+    put(whole, "method", "of-tomorrow")
+    put(whole, "pixels.budgets", [])
+    assert "the settings have a bound (epsilon), and the record no budget" in only(whole)
+
+
+def test_a_budget_that_follows_from_the_size_of_a_picture(tmp_path: Path) -> None:
+    clean = make_dataset([*noise_pictures(2, 40, 52), *noise_pictures(2, 20, 24)], [0, 1, 2, 3])
+    folder = tmp_path / "out"
+    protect(clean, LspPoison(seed=SECRET, l2_radius=1.5), folder, source="small", progress=False)
+    assert inspect(folder, progress=False) == []
+    put(folder, "settings.l2_radius", None)
+    assert "'lsp' keeps l2 0.892878 (2 rows), l2 1.85867 (2 rows), the record tells of l2 1.5 (4 rows)" in only(folder)
 
 
 def test_l2_budgets_that_depend_on_the_size(tmp_path: Path) -> None:

@@ -45,7 +45,7 @@ def test_what_is_no_record(cuda: Path, text: str) -> None:
         ("source.pixels_sha256", 7, "source.pixels_sha256: expected str, got int"),
         ("source.label_column", 7, "source.label_column: expected str or null, got int"),
         ("published.files", [], "published.files: expected dict"),
-        ("published.files", {"../key": {}}, "expected data/....parquet, got '../key'"),
+        ("published.files", {"data/..": {}}, "expected data/....parquet, got 'data/..'"),
         ("published.files", {"data/train-00000-of-00001.parquet": {"bytes": 1}}, "expected the sha256 and bytes"),
         ("pixels.rows", True, "pixels.rows: expected int, got bool"),
         ("pixels", {}, "pixels.rows is missing"),

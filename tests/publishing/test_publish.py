@@ -149,7 +149,7 @@ def evaluated(folder: Path, output: Path) -> Path:
     digest = Record.load(folder / "record.json").published["pixels_sha256"]
     (output / "jobs" / f"cuda-{digest[:8]}").mkdir(parents=True)
     record = Record.load(folder / "record.json")
-    record.results[:] = [evaluation(0.49)]
+    record.results[:] = [evaluation(0.49, pixels_sha256=[digest])]
     record.save(folder / "record.json")
     (output / "summary.md").write_text("# Summary\n")
     shutil.copy(folder / "preview.png", output / "heat-map.png")
@@ -379,7 +379,51 @@ def test_a_dry_run_sends_nothing(logged_in: Hub, folder: Path) -> None:
     done = publish(folder, Repository(MINE), dry_run=True, progress=False)
     assert "not measured" in done.page
     assert set(done.files) == {"assets/default/preview.png", "results/default/record.json"}
-    assert not logged_in.requests
+    assert done.unseen is None
+    told = [request.path for request in logged_in.requests if request.method != "GET"]
+    assert told == ["/api/validate-yaml"]
+    assert not logged_in.files("dataset", MINE)
+    logged_in.stop()
+    unseen = publish(folder, Repository(MINE), dry_run=True, progress=False)
+    assert "cannot be reached" in (unseen.unseen or "")
+    assert unseen.page == done.page
+
+
+@pytest.mark.parametrize(
+    ("readme", "message"),
+    [
+        ("---\nlicense: mit\n---\n", "metadata say license 'mit', expected 'cc0-1.0'"),
+        ("---\nlicense: [\n---\n", "expected front matter in YAML"),
+        ("---\ntags: none such\nlicense: cc0-1.0\nlanguage: 7\n---\n", "the Hub refuses the card's front matter"),
+        ("<!-- hf_unlearnable: default -->\n", "put the end back"),
+    ],
+)
+@pytest.mark.parametrize("dry_run", [True, False])
+def test_an_existing_card_is_looked_at_before_anything_is_sent(
+    logged_in: Hub, folder: Path, readme: str, message: str, dry_run: bool
+) -> None:
+    repository = Repository(MINE)
+    repository.create(private=None)
+    own = logged_in.store.repos["datasets", MINE]
+    own.commit("main", "mine", {"README.md": logged_in.store.keep(readme.encode())})  # the client would refuse some
+    before = logged_in.files("dataset", MINE)
+    with pytest.raises((ValueError, HubError), match=message):
+        publish(folder, repository, dry_run=dry_run, words=Words(license="cc0-1.0"), progress=False)
+    assert logged_in.files("dataset", MINE) == before
+
+
+def test_metadata_that_the_hub_refuses_leave_no_repository_behind(logged_in: Hub, folder: Path) -> None:
+    with pytest.raises(HubError, match="refuses the card's front matter"):
+        send(folder, words=Words(license="no such licence!"))
+    assert not logged_in.asked("POST", "/api/repos/create")
+
+
+def test_results_of_other_pictures_are_not_published(logged_in: Hub, folder: Path) -> None:
+    record = Record.load(folder / "record.json")
+    record.results[:] = [evaluation(0.49)]
+    record.save(folder / "record.json")
+    with pytest.raises(checks.Refused, match="results, entry 0: measured on other pictures than these"):
+        send(folder)
 
 
 def test_what_the_gate_refuses_is_not_sent(logged_in: Hub, folder: Path, small: Dataset, tmp_path: Path) -> None:
@@ -425,12 +469,6 @@ def test_no_network_and_bad_names(logged_in: Hub, folder: Path) -> None:
     logged_in.stop()
     with pytest.raises(HubError, match="cannot be reached"):
         send(folder)
-
-
-def test_metadata_that_the_hub_refuses_stops_before_the_data(logged_in: Hub, folder: Path) -> None:
-    with pytest.raises(HubError, match="refuses the card's front matter"):
-        send(folder, words=Words(license="no such licence!"))
-    assert not [f for f in logged_in.files("dataset", MINE) if f.endswith(".parquet")]
 
 
 def test_pictures_that_arrived_otherwise_are_not_called_finished(

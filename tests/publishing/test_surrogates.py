@@ -45,6 +45,16 @@ def test_a_public_surrogate_gives_the_key_away_and_must_be_meant(logged_in: Hub,
     assert "Whoever has this file" in logged_in.files("model", MINE)["README.md"].decode()
 
 
+def test_a_file_that_holds_its_key_is_not_sent(logged_in: Hub, file: Path, small: Dataset) -> None:
+    how = {"class_name": "PilPoison", "private": True, "key": SECRET, "dry_run": True}
+    publish_surrogate(file, Repository(MINE, "model"), **how)
+    rows = Batches.load(small, progress=False)
+    PilPoison().fit(rows, seed=0, source=SECRET.hex(), progress=False).save(file.with_name("t.safetensors"))
+    with pytest.raises(ValueError, match=r"the key is in surrogate\.safetensors: hex: nothing was sent"):
+        publish_surrogate(file.with_name("t.safetensors"), Repository(MINE, "model"), **how)
+    assert not logged_in.requests
+
+
 def test_foreign_text_is_kept_and_a_second_push_changes_nothing(logged_in: Hub, file: Path) -> None:
     def again() -> dict[str, bytes]:
         publish_surrogate(file, Repository(MINE, "model"), class_name="PilPoison", private=True)

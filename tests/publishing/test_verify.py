@@ -21,6 +21,7 @@ from hf_unlearnable.sharding.run import protect_shards
 from hf_unlearnable.sources import stream_of
 from tests.conftest import load_script, make_dataset, noise_pictures
 from tests.publishing.local_hub import Hub
+from tests.test_card import evaluation
 
 SECRET, OTHER = bytes(range(32)), bytes(32)
 MINE = "owner/shapes"
@@ -53,6 +54,24 @@ def test_what_was_published_passes_and_the_key_proves_it(logged_in: Hub, small: 
     wrong = by_name(verify(Repository(MINE), clean=small, key=OTHER, progress=False))
     assert wrong["commitment"].status == wrong["owner"].status == "failed"
     assert "differ at rows 0, 1, 2, 3, 4 and 19 more" in wrong["owner"].detail
+
+
+def test_what_the_card_says_first_is_compared_with_the_record(logged_in: Hub, small: Dataset, tmp_path: Path) -> None:
+    folder = made(small, CudaPoison(seed=SECRET), tmp_path / "out")
+    record = Record.load(folder / "record.json")
+    record.results[:] = [evaluation(0.49, pixels_sha256=[record.published["pixels_sha256"]])]
+    record.save(folder / "record.json")
+    publish(folder, Repository(MINE), progress=False)
+    assert states(verify(Repository(MINE), progress=False))["card"] == "passed"
+    whole = Repository(MINE).text("README.md") or ""
+    for old, new, status in (
+        ("reaches 49.0 ± 1.2 %", "reaches 19.0 ± 1.2 %", "failed"),
+        ("**A trainer still reaches", "**An attacker gets", "not checked"),
+        ("**A trainer still reaches 49.0 ± 1.2 % on", "A trainer learns nothing", "failed"),
+    ):
+        assert old in whole
+        Repository(MINE).commit("other words", {"README.md": whole.replace(old, new)})
+        assert states(verify(Repository(MINE), progress=False))["card"] == status, new
 
 
 def test_an_unfinished_publication_and_a_missing_one(logged_in: Hub, small: Dataset, tmp_path: Path) -> None:
