@@ -1,7 +1,9 @@
-"""What a result was obtained with: versions and hardware."""
+"""What a result is obtained with: versions, hardware, and how this process holds its memory."""
 
 import contextlib
+import ctypes
 import platform
+from functools import cache
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -32,3 +34,17 @@ def hardware(accelerator: Accelerator) -> dict[str, Any]:
         "threads": torch.get_num_threads(),
         "precision": accelerator.mixed_precision,
     }
+
+
+@cache
+def keep_freed_memory() -> bool:
+    """Keep what tensors leave free for the next ones, on a CPU and with glibc: whether that could be arranged.
+
+    By itself glibc hands a large block back to the kernel, which must clear every page of the next one: with tensors
+    of some 10 MB and more, that is a good part of the time of a training step. It holds for the whole process.
+    """
+    if platform.libc_ver()[0] != "glibc":
+        return False
+    trim_threshold, mmap_max, most = -1, -4, 2**31 - 1  # of mallopt(3)
+    libc = ctypes.CDLL(None)
+    return libc.mallopt(mmap_max, 0) == 1 and libc.mallopt(trim_threshold, most) == 1

@@ -19,6 +19,7 @@ from tqdm.auto import tqdm
 from hf_unlearnable.augment import Augmentation, take
 from hf_unlearnable.batches import Batch, Batches
 from hf_unlearnable.checkpoint import Interrupts, load_checkpoint, save_checkpoint, tensors_digest, weights_digest
+from hf_unlearnable.environment import keep_freed_memory
 from hf_unlearnable.keys import Key, torch_generator
 from hf_unlearnable.networks import Network, create_network, frozen
 from hf_unlearnable.recipes import Recipe
@@ -242,6 +243,8 @@ def run(
     if checkpoint and Path(checkpoint).exists():
         kept = load_checkpoint(checkpoint, run=what, **trained)
         done, fit.state = Progress(**kept["progress"]), kept["state"]
+    if device.type == "cpu":
+        keep_freed_memory()
     before, measure_every = done.seconds, measure_every or max(1, fit.total // 10)
     every = max(1, fit.total // POINTS)
     look_every = 1 if device.type == "cpu" else 20  # to read from a GPU is to wait for it

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from hf_unlearnable.augment import Augmentation, Draws
 from hf_unlearnable.budget import Budget, normal_quantiles
+from hf_unlearnable.environment import keep_freed_memory
 from hf_unlearnable.networks import frozen
 
 Loss: TypeAlias = Callable[[Tensor, Tensor], Tensor]
@@ -156,6 +157,8 @@ class Pgd:
         if x.ndim != 4 or (start is not None and start.shape != x.shape):
             shapes = f"x {tuple(x.shape)}" + ("" if start is None else f" and start {tuple(start.shape)}")
             raise ValueError(f"expected pictures (b, c, h, w) and a start of that shape, got {shapes}")
+        if x.device.type == "cpu":
+            keep_freed_memory()
         x = x.detach()
         if len(x) == 0 or self.budget.epsilon == 0:
             return self._fence(x)(torch.zeros_like(x))

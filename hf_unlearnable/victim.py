@@ -30,7 +30,7 @@ from tqdm.auto import tqdm
 from hf_unlearnable.batches import Batches
 from hf_unlearnable.checkpoint import Interrupts, load_checkpoint, save_checkpoint, weights_digest
 from hf_unlearnable.defenses.base import BeforeCrop, Defense, Predicts, describe
-from hf_unlearnable.environment import hardware, versions
+from hf_unlearnable.environment import hardware, keep_freed_memory, versions
 from hf_unlearnable.images import Labels, to_float
 from hf_unlearnable.keys import torch_generator
 from hf_unlearnable.networks import Network, frozen
@@ -118,6 +118,8 @@ def train(
     """
     began, saved = time.monotonic(), time.monotonic()
     rank, world, device = accelerator.process_index, accelerator.num_processes, accelerator.device
+    if device.type == "cpu":
+        keep_freed_memory()
     train, test = train.to(device), test.relabel(train.classes).to(device)
     if validation is None:
         training, held_out = train.split(validation_fraction, key=seed)

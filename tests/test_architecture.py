@@ -25,7 +25,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "policies": {"augment", "images", "plasma"},
     "plasma": {"augment", "images"},
     "erasing": {"augment", "plasma", "policies"},
-    "pgd": {"augment", "budget", "networks"},
+    "pgd": {"augment", "budget", "environment", "networks"},
     "augment": {"images", "keys"},
     "batches": {"images", "keys", "columns"},
     "checkpoint": set(),

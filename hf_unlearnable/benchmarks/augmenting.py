@@ -18,7 +18,7 @@ from hf_unlearnable.benchmarks.timing import SEED, beside, compare, wait
 from hf_unlearnable.defenses.adversarial import Adversarial
 from hf_unlearnable.defenses.base import Defense
 from hf_unlearnable.defenses.ueraser import Ueraser
-from hf_unlearnable.environment import hardware
+from hf_unlearnable.environment import hardware, keep_freed_memory
 from hf_unlearnable.erasing import UeraserAugmentation
 from hf_unlearnable.fitting import Setup
 from hf_unlearnable.recipes import Recipe
@@ -30,6 +30,8 @@ def benchmark_augment(source: Dataset, name: str, rounds: int, quick: bool) -> d
     of UEraser and of adversarial training in steps of plain training, beside the passes that they consist of."""
     accelerator = Accelerator(mixed_precision="bf16" if torch.cuda.is_available() else "no")
     device = str(accelerator.device)
+    if accelerator.device.type == "cpu":
+        keep_freed_memory()  # as `train` does
     backbone = "resnet18" if device.startswith("cuda") else "tiny"
     train = Batches.load(source, progress=False, device=device)
     batch = min(16 if quick else 128, len(train))
