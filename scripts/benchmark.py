@@ -16,6 +16,12 @@ weights, so a ratio may lie below its ideal. "tiny" is the network on a CPU, Res
 `augment` compares UEraser's augmentation of a batch with kornia's modules of the same settings, whole and in parts, and
 a training step of UEraser and of adversarial training with the steps of plain training that they consist of.
 
+`train` compares training steps of victims (plain, adversarial, UEraser) and of REM's and MMM's surrogates with loops
+as the papers' released code writes them: float32, a DataLoader, channels first, one copy after the other. With
+`--seeds 0 1 2` whole victims are trained both ways too, and their test accuracies stand side by side.
+
+    python scripts/benchmark.py train --dataset ../shared/data/cifar10 --seeds 0 1 2
+
 `scale` measures protect.py --streaming in processes of its own: memory and time over the rows (up to 10^6 drawn
 pictures), processor time at 32, 224 and 512 px, two processes against one, the sharded path against a plain map.
 `containers` measures the lossless containers of protected pictures; `costs` writes a page of both, with what 10^6, 10^8
@@ -48,12 +54,14 @@ from accelerate import Accelerator
 from datasets import ClassLabel, Dataset, Features, Image
 
 from hf_unlearnable import columns, sources
+from hf_unlearnable.batches import Batches, stratified_rows
 from hf_unlearnable.benchmarks import containers, costs, scaling
 from hf_unlearnable.benchmarks.augmenting import benchmark_augment
 from hf_unlearnable.benchmarks.mapping import benchmark_map
 from hf_unlearnable.benchmarks.pictures import Pictures
 from hf_unlearnable.benchmarks.surrogates import benchmark_surrogate
 from hf_unlearnable.benchmarks.timing import SEED
+from hf_unlearnable.benchmarks.trainings import benchmark_accuracy, benchmark_train
 from hf_unlearnable.environment import hardware, versions
 from hf_unlearnable.keys import numpy_generator
 
@@ -91,11 +99,14 @@ def show(value: Any, indent: int = 0) -> None:
 def main(argv: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parsers = parser.add_subparsers(dest="what", required=True)
-    for what in ("map", "surrogate", "augment"):
+    for what in ("map", "surrogate", "augment", "train"):
         speed = parsers.add_parser(what)
         speed.add_argument("--dataset", action="append", help="pictures to use instead of drawn ones; may be repeated")
         speed.add_argument("--rows", type=int, help="default: 4000 (others than map: 1000) below 96 pixels, 160 above")
         speed.add_argument("--quick", action="store_true", help="a tenth of the rows, one round: to see that it runs")
+    parsers.choices["train"].add_argument(
+        "--seeds", type=int, nargs="+", default=[], help="train whole victims on 10,000 rows (--quick: 1,000) too"
+    )
     scale, coding = parsers.add_parser("scale"), parsers.add_parser("containers")
     scale.add_argument("--rows", type=int, nargs="+", help="numbers of drawn rows; default: 10000 100000 1000000")
     scale.add_argument("--size", type=int, default=32, help="of those rows, in pixels (default: 32)")
@@ -153,6 +164,14 @@ def speeds(arguments: argparse.Namespace) -> None:
     report = machine(rounds)
     if arguments.what == "map":
         results = [benchmark_map(source, name, rounds) for name, source in inputs]
+    elif arguments.what == "train":
+        loaded = [(name, Batches.load(source, progress=False)) for name, source in inputs]
+        results = [benchmark_train(rows, name, rounds, arguments.quick) for name, rows in loaded]
+        for name in arguments.dataset or ["demo"] if arguments.seeds else []:
+            splits = [sources.load_split(name, split) for split in ("train", "test")]
+            rows, test = (Batches.load(split, progress=False) for split in splits)
+            few = stratified_rows(rows.labels, min(1000 if arguments.quick else 10_000, len(rows)), key=0)
+            results.append(benchmark_accuracy(rows.select(few), test, Path(name).name, arguments.seeds))
     else:
         function = benchmark_surrogate if arguments.what == "surrogate" else benchmark_augment
         results = [function(source, name, rounds, arguments.quick) for name, source in inputs]

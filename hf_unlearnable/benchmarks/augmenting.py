@@ -4,16 +4,14 @@ from collections.abc import Callable
 from functools import partial
 from typing import Any
 
-import kornia.augmentation
-import kornia.augmentation.auto
 import torch
 import torch.nn.functional as F
 from accelerate import Accelerator
 from datasets import Dataset
-from torch import nn
 
 from hf_unlearnable.augment import Augmentation, augment
 from hf_unlearnable.batches import Batches
+from hf_unlearnable.benchmarks.plain_loops import kornia_chain
 from hf_unlearnable.benchmarks.timing import SEED, beside, compare, wait
 from hf_unlearnable.defenses.adversarial import Adversarial
 from hf_unlearnable.defenses.base import Defense
@@ -43,19 +41,7 @@ def benchmark_augment(source: Dataset, name: str, rounds: int, quick: bool) -> d
         "plasma": whole.parts["plasma"],
         "TrivialAugment": whole.parts["trivial"],
     }
-    plasma = [
-        kornia.augmentation.RandomPlasmaBrightness(
-            roughness=whole.brightness_roughness, intensity=whole.intensity, p=whole.brightness
-        ),
-        kornia.augmentation.RandomPlasmaContrast(roughness=whole.contrast_roughness, p=whole.contrast),
-    ]
-    shuffle = kornia.augmentation.RandomChannelShuffle(p=whole.shuffle)
-    trivial = kornia.augmentation.auto.TrivialAugment()
-    modules = {
-        "whole": nn.Sequential(*plasma, shuffle, trivial),
-        "plasma": nn.Sequential(*plasma),
-        "TrivialAugment": trivial,
-    }
+    modules = kornia_chain(whole)
     setup = Setup(
         train=train,
         recipe=Recipe(name="benchmark", steps=1000, batch_size=batch, schedule="constant", augmentation="none"),
