@@ -11,6 +11,7 @@ from typing import Any
 
 import timm
 import torch
+import torch.nn.functional as F
 from jaxtyping import Float
 from safetensors import safe_open
 from timm.models import group_parameters
@@ -53,6 +54,8 @@ class Network(nn.Module):
     """The height and width that `create_network` was told."""
     frozen_batch_norm: bool = False
     """Whether `train()` leaves BatchNorm in evaluation mode: it normalises by its running statistics, which stay."""
+    sees: tuple[int, int] | None = None
+    """The height and width that pictures of other sizes are stretched to first (bicubic, antialiased, clamped)."""
 
     def __init__(
         self, backbone: nn.Module, mean: Sequence[float] = (0.0, 0.0, 0.0), std: Sequence[float] = (1.0, 1.0, 1.0)
@@ -95,6 +98,8 @@ class Network(nn.Module):
             raise TypeError(f"expected float pictures in [0, 1], got {x.dtype}: divide uint8 pictures by 255")
         if x.ndim != 4 or x.shape[1] != 3:
             raise ValueError(f"expected RGB pictures of shape (b, 3, h, w), got {tuple(x.shape)}")
+        if self.sees is not None and x.shape[2:] != self.sees:
+            x = F.interpolate(x, self.sees, mode="bicubic", antialias=True).clamp(0, 1)
         return (x - self.mean) / self.std
 
     def features(self, x: Tensor) -> Float[Tensor, "b num_features"]:
@@ -170,6 +175,20 @@ def create_network(
         network = Network(model, own["mean"] if mean is None else mean, own["std"] if std is None else std)
     network.image_size = size
     return network
+
+
+def create_pretrained(backbone: str, *, pretrained: bool | str, **how: Any) -> Network:
+    """`create_network` with weights, whose names or shapes may be another network's.
+
+    Raises:
+        ValueError: they are; and as `create_network`.
+    """
+    try:
+        return create_network(backbone, pretrained=pretrained, **how)
+    except RuntimeError as error:  # torch's, where names or shapes differ
+        if pretrained is False:
+            raise
+        raise ValueError(f"expected weights of {backbone}, but: {' '.join(str(error).split())[:300]}") from error
 
 
 def freeze_early(network: Network, stages: int | None) -> None:

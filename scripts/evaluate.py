@@ -33,7 +33,7 @@ from accelerate import Accelerator
 
 from hf_unlearnable import sources
 from hf_unlearnable.evaluation.arms import Rows
-from hf_unlearnable.evaluation.attackers import Suite, SuiteName, suite
+from hf_unlearnable.evaluation.attackers import Suite, SuiteName, pretrained, suite
 from hf_unlearnable.evaluation.jobs import Job, Outcome, Queue, Worker
 from hf_unlearnable.evaluation.pages import percent
 from hf_unlearnable.evaluation.protocol import plan, protected_arms, report
@@ -67,6 +67,9 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--test-split", default="test", help="default: test")
     parser.add_argument("--suite", choices=get_args(SuiteName), default="quick", help="default: quick")
     parser.add_argument("--attackers", nargs="+", help="only these of the suite (and erm); default: all")
+    weights = "also attackers that start from pretrained weights: timm's from the Hub, or those of a safetensors file"
+    parser.add_argument("--pretrained", nargs="+", default=[], metavar="BACKBONE[=FILE]", help=weights)
+    parser.add_argument("--pretrained-size", type=int, help="side that those see pictures at; default: as they are")
     parser.add_argument("--seeds", type=int, nargs="+", help="of the trainings; default: the suite's")
     parser.add_argument("--rows", type=int, help="training rows, class by class; default: the suite's")
     parser.add_argument("--validation-rows", type=int, help="of the test split; default: a fifth of it")
@@ -86,7 +89,7 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--progress", action=argparse.BooleanOptionalAction, default=True)
     parser.add_argument("--worker", action="store_true", help=argparse.SUPPRESS)
     arguments = parser.parse_args(argv)
-    known = [attacker.name for attacker in suite(arguments.suite).attackers]
+    known = [attacker.name for attacker in with_pretrained(arguments).attackers]
     for name in arguments.attackers or []:
         if name not in known:
             near = sources.near(name, known)
@@ -96,8 +99,17 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     return arguments
 
 
+def with_pretrained(arguments: argparse.Namespace) -> Suite:
+    """The suite, and the trainers who start from weights."""
+    made, more = suite(arguments.suite), []
+    for text in arguments.pretrained:
+        backbone, _, file = text.partition("=")
+        more += pretrained(backbone, file=file or None, image_size=arguments.pretrained_size)
+    return dataclasses.replace(made, attackers=(*made.attackers, *more))
+
+
 def chosen_suite(arguments: argparse.Namespace) -> Suite:
-    made = suite(arguments.suite)
+    made = with_pretrained(arguments)
     names = {"erm", *(arguments.attackers or [one.name for one in made.attackers])}
     changes = {name: getattr(arguments, name) for name in ("rows", "backbone", "recipe", "image_size")}
     changes |= {"seeds": arguments.seeds and tuple(dict.fromkeys(arguments.seeds))}
@@ -116,6 +128,9 @@ def run(arguments: argparse.Namespace) -> int:
         create_network(
             backbone, num_classes=2, image_size=32, seed=0
         )  # an unknown name is told before anything is made
+    for attacker in made.attackers:
+        if attacker.start is not None:
+            attacker.start.network(num_classes=2, image_size=(32, 32), seed=0)
     open_output(arguments, made)
     queue = Queue(arguments.output / "jobs", jobs)
     if arguments.retry_failed and not arguments.worker and not arguments.report_only:

@@ -56,10 +56,10 @@ from hf_unlearnable.defenses.resize import Resize
 from hf_unlearnable.defenses.sda import AdversarialNoise
 from hf_unlearnable.defenses.sharpen import RandomSharpening
 from hf_unlearnable.defenses.smoothing import Smoothing
-from hf_unlearnable.defenses.squeeze import BitDepth, Grayscale, Jpeg
+from hf_unlearnable.defenses.squeeze import BitDepth, Grayscale, Jpeg, Webp
 from hf_unlearnable.defenses.strong import StrongAugmentation
 from hf_unlearnable.defenses.ueraser import Ueraser
-from hf_unlearnable.networks import SHORT_NAMES, Network, create_network, freeze_early
+from hf_unlearnable.networks import SHORT_NAMES, Network, create_pretrained, freeze_early
 from hf_unlearnable.recipes import RECIPES, Recipe, recipe
 from hf_unlearnable.result import Result, summary
 from hf_unlearnable.training import Unfinished
@@ -87,6 +87,7 @@ DEFENSES: dict[str, type[Defense] | type[DataDefense]] = {
     "smoothing": Smoothing,
     "strong-augmentation": StrongAugmentation,
     "ueraser": Ueraser,
+    "webp": Webp,
 }
 NOT_IDENTITY = ("output", "overwrite", "seeds", "max_minutes", "cpu", "progress")
 
@@ -209,19 +210,13 @@ def run(arguments: argparse.Namespace, accelerator: Accelerator) -> int:
 
 def beginning(arguments: argparse.Namespace, pictures: Batches, seed: int) -> Network:
     """The network before training, in which what shall not be trained is frozen."""
-    try:
-        network = create_network(
-            arguments.backbone,
-            num_classes=len(pictures.classes),
-            image_size=pictures.image_size,
-            seed=seed,
-            pretrained=arguments.pretrained,
-        )
-    except RuntimeError as error:  # torch's, where names or shapes differ
-        if arguments.pretrained is False:
-            raise
-        told = " ".join(str(error).split())[:300]
-        raise ValueError(f"--pretrained: expected weights of {arguments.backbone}, but: {told}") from error
+    network = create_pretrained(
+        arguments.backbone,
+        num_classes=len(pictures.classes),
+        image_size=pictures.image_size,
+        seed=seed,
+        pretrained=arguments.pretrained,
+    )
     network.frozen_batch_norm = arguments.batch_norm == "frozen"
     freeze_early(network, arguments.freeze_stages)
     return network

@@ -440,7 +440,7 @@ def test_the_script_says_what_does_not_fit(
             ("test_resnet", ["--pretrained", str(tmp_path / "absent.safetensors")], "absent.safetensors"),
             ("test_resnet", ["--pretrained", str(tmp_path / "broken.safetensors")], "eader"),
             ("test_resnet", ["--pretrained", "weights.pth"], "expected a .safetensors file, got 'weights.pth'"),
-            ("resnet18", ["--pretrained", file], "--pretrained: expected weights of resnet18, but: Error"),
+            ("resnet18", ["--pretrained", file], "expected weights of resnet18, but: Error"),
             ("resnet18", ["--pretrained"], "no weights on the Hub for 'cifar_resnet18'"),
             ("test_resnet", ["--freeze-stages", "5"], "expected 0 (the stem alone) to 4 stages"),
         )

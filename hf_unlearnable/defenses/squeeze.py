@@ -3,7 +3,7 @@
 import io
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import ClassVar, Literal
+from typing import Any, ClassVar, Literal
 
 import torch
 from torch import Tensor
@@ -72,16 +72,47 @@ class Jpeg(DataDefense):
             raise ValueError(f"quality is an int from 1 to 95, got {self.quality!r}")
 
     def change(self, pixels: Pixels, labels: Labels | None, where: Sequence[str]) -> Pixels:
-        rows = list(zip(pixels.cpu(), where, strict=True))
-        return torch.stack(_threaded(self._squeezed, rows)).to(pixels.device)
+        return _compressed(pixels, where, "JPEG", quality=self.quality, subsampling="4:2:0")
 
-    def _squeezed(self, row: tuple[Tensor, str]) -> Tensor:
+
+@dataclass(frozen=True, kw_only=True)
+class Webp(DataDefense):
+    """Every picture is compressed as lossy WebP and decoded again, in memory and in threads.
+
+    The pixels are those of the installed PIL's libwebp: the same for every batch and process, not for every version.
+
+    Args:
+        quality: PIL's, from 1 to 100.
+
+    Raises:
+        ValueError: a quality outside its range.
+
+    Source: METHODS_NEW P6, with 80. Deviations: none.
+    """
+
+    name: ClassVar[str] = "webp"
+
+    quality: int = 80
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.quality not in range(1, 101):
+            raise ValueError(f"quality is an int from 1 to 100, got {self.quality!r}")
+
+    def change(self, pixels: Pixels, labels: Labels | None, where: Sequence[str]) -> Pixels:
+        return _compressed(pixels, where, "WebP", quality=self.quality)
+
+
+def _compressed(pixels: Pixels, where: Sequence[str], kind: str, **how: Any) -> Pixels:
+    def one(row: tuple[Tensor, str]) -> Tensor:
         buffer = io.BytesIO()
         try:
-            to_pil(Picture(row[0])).save(buffer, "JPEG", quality=self.quality, subsampling="4:2:0")
+            to_pil(Picture(row[0])).save(buffer, kind, **how)
         except (OSError, ValueError) as error:
-            raise ValueError(f"{row[1]}: expected a picture that JPEG can hold, got {error}") from error
+            raise ValueError(f"{row[1]}: expected a picture that {kind} can hold, got {error}") from error
         return decode(buffer.getvalue(), where=row[1]).pixels
+
+    return torch.stack(_threaded(one, list(zip(pixels.cpu(), where, strict=True)))).to(pixels.device)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -1,7 +1,9 @@
 """Attackers: what a trainer may do with published pictures, and the suites of them that an evaluation runs."""
 
+import dataclasses
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from pathlib import Path
 from typing import Any, Literal, get_args
 
 from hf_unlearnable.defenses.adversarial import Adversarial
@@ -21,11 +23,56 @@ from hf_unlearnable.defenses.resize import Resize
 from hf_unlearnable.defenses.sda import AdversarialNoise
 from hf_unlearnable.defenses.sharpen import RandomSharpening
 from hf_unlearnable.defenses.smoothing import Smoothing
-from hf_unlearnable.defenses.squeeze import BitDepth, Grayscale, Jpeg
+from hf_unlearnable.defenses.squeeze import BitDepth, Grayscale, Jpeg, Webp
 from hf_unlearnable.defenses.strong import StrongAugmentation
 from hf_unlearnable.defenses.ueraser import Ueraser
+from hf_unlearnable.digests import file_digest
+from hf_unlearnable.networks import Network, create_pretrained, freeze_early
 
 SuiteName = Literal["quick", "standard", "full"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Pretrained:
+    """Weights that a victim starts from.
+
+    Args:
+        backbone: timm's name.
+        file: a safetensors file with its weights; None for timm's from the Hub.
+        image_size: side in pixels that pictures are stretched to inside the network; None: as they are.
+        frozen_stages: see `networks.freeze_early`; "all" trains the last layer alone.
+        frozen_batch_norm: see `networks.Network`.
+    """
+
+    backbone: str
+    file: str | None = None
+    image_size: int | None = None
+    frozen_stages: int | Literal["all"] | None = None
+    frozen_batch_norm: bool = False
+
+    def network(self, num_classes: int, image_size: tuple[int, int], seed: int) -> Network:
+        """The victim before its training, with a last layer for these classes drawn under the seed.
+
+        Raises:
+            ValueError, FileNotFoundError: see `create_network`; weights of another network.
+        """
+        seen = image_size if self.image_size is None else (self.image_size, self.image_size)
+        how: dict[str, Any] = {"num_classes": num_classes, "image_size": seen, "seed": seed}
+        network = create_pretrained(self.backbone, pretrained=self.file or True, **how)
+        network.sees = None if self.image_size is None else seen
+        network.frozen_batch_norm = self.frozen_batch_norm
+        if self.frozen_stages == "all":
+            network.requires_grad_(False)
+            network.backbone.get_classifier().requires_grad_(True)
+        else:
+            freeze_early(network, self.frozen_stages)
+        return network
+
+    def described(self) -> dict[str, Any]:
+        """As plain data; of a file, the digest in place of its path."""
+        values = dataclasses.asdict(self)
+        del values["file"]
+        return {**values, "file_sha256": None if self.file is None else file_digest(Path(self.file))}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -37,14 +84,18 @@ class Attacker:
         data: fitted to the published rows and applied to them, once.
         loss: the training's.
         backbone: the victim's, where it is another than the suite's.
-        changes: to the suite's recipe.
+        recipe: its name, where it is another than the suite's.
+        changes: to the recipe.
+        start: weights to start from, in place of random ones.
     """
 
     name: str
     data: tuple[DataDefense, ...] = ()
     loss: Defense = field(default_factory=Erm)
     backbone: str | None = None
+    recipe: str | None = None
     changes: Mapping[str, Any] = field(default_factory=dict)
+    start: Pretrained | None = None
 
     def described(self) -> dict[str, Any]:
         """As plain data; two attackers of one description do the same."""
@@ -53,6 +104,8 @@ class Attacker:
             "loss": describe(self.loss),
             "backbone": self.backbone,
             "changes": dict(self.changes),
+            **({} if self.recipe is None else {"recipe": self.recipe}),
+            **({} if self.start is None else {"start": self.start.described()}),
         }
 
 
@@ -125,6 +178,7 @@ def _tier_1() -> tuple[Attacker, ...]:
         _attacker("coin+rsk-ff", RandomDisplacement(), RandomSharpening()),
         _attacker("op+cutmix", OrthogonalProjection(), Cutmix()),
         _attacker("republished jpeg-75", Jpeg(quality=75)),
+        _attacker("republished webp-80", Webp(quality=80)),
         _attacker("republished half size", Resize(scale=0.5)),
         _attacker("erm on vgg16_bn", backbone="vgg16_bn"),
         _attacker("erm on densenet121", backbone="densenet121"),
@@ -150,6 +204,29 @@ def _tier_2() -> tuple[Attacker, ...]:
     )
 
 
+def pretrained(backbone: str, *, file: str | None = None, image_size: int | None = None) -> tuple[Attacker, ...]:
+    """Trainers who start from pretrained weights, by the recipe "finetune": the last layer alone (ten times the
+    learning rate), all but the stem and the first stage, everything, and everything with BatchNorm frozen.
+
+    Args:
+        backbone, file, image_size: see `Pretrained`.
+
+    Source: METHODS_NEW N30. Deviations: the frozen probe is a last layer that is trained as the others are;
+    `probes.frozen_probe` is the closed form.
+    """
+    start = Pretrained(backbone=backbone, file=file, image_size=image_size)
+    ways: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
+        "last layer of": ({"frozen_stages": "all", "frozen_batch_norm": True}, {"learning_rate": 1e-3}),
+        "partly fine-tuned": ({"frozen_stages": 1}, {}),
+        "fine-tuned": ({}, {}),
+        "fine-tuned with frozen norms": ({"frozen_batch_norm": True}, {}),
+    }
+    return tuple(
+        Attacker(name=f"{way} {backbone}", recipe="finetune", changes=changes, start=replace(start, **more))
+        for way, (more, changes) in ways.items()
+    )
+
+
 def suite(name: SuiteName) -> Suite:
     """A suite by name.
 
@@ -161,9 +238,9 @@ def suite(name: SuiteName) -> Suite:
     Raises:
         ValueError: there is no such suite.
 
-    Source: METHODS_NEW part IV, P5. Deviations: pretrained trainers (frozen probe, fine-tuning), the strong recipe of
-    OP's paper, AVATAR, SimCLR, DFR and the adaptive tier 3 are no part of any suite (`scripts/train_victim.py`,
-    `hf_unlearnable.probes` and `last_layer` have the first and DFR).
+    Source: METHODS_NEW part IV, P5. Deviations: pretrained trainers are added with `pretrained` only, as their weights
+    must come from somewhere; the strong recipe of OP's paper, AVATAR, SimCLR, DFR and the adaptive tier 3 are no part
+    of any suite (`hf_unlearnable.last_layer` has DFR).
     """
     if name == "quick":
         weak = Adversarial(pgd_steps=3, pgd_step_size=2 / 255)

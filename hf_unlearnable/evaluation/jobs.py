@@ -48,6 +48,12 @@ class Job:
         matched = "" if self.steps is None else "-steps"
         return f"{self.arm.name}/{plain}{matched}-{self.seed}"
 
+    @property
+    def victim(self) -> str:
+        """The backbone of this training."""
+        start = self.attacker.start
+        return start.backbone if start is not None else self.attacker.backbone or self.backbone
+
     def described(self) -> dict[str, Any]:
         """What decides the result, as JSON values."""
         arm = {name: getattr(self.arm, name) for name in ("label", "kind", "digest", "fraction", "epsilon")}
@@ -57,8 +63,8 @@ class Job:
                     "arm": arm,
                     "attacker": {"name": self.attacker.name, **self.attacker.described()},
                     "seed": self.seed,
-                    "backbone": self.attacker.backbone or self.backbone,
-                    "recipe": dataclasses.asdict(recipe(self.recipe)),
+                    "backbone": self.victim,
+                    "recipe": dataclasses.asdict(recipe(self.attacker.recipe or self.recipe)),
                     "steps": self.steps,
                 }
             )
@@ -214,18 +220,19 @@ class Worker:
         if left is not None and left <= 0:
             raise Unfinished("the time is up")
         training = self.rows.training(job.arm)
-        chosen = changed(recipe(job.recipe), **{**job.attacker.changes, **({"steps": job.steps} if job.steps else {})})
+        changes = {**job.attacker.changes, **({"steps": job.steps} if job.steps else {})}
+        chosen = changed(recipe(job.attacker.recipe or job.recipe), **changes)
         for defense in job.attacker.data:
             training = defense.fit(training, seed=job.seed, progress=self.progress).on(training)
         loss = job.attacker.loss
         if isinstance(loss, EachStep):
             loss = loss.fit(training, seed=job.seed, progress=self.progress)
-        network = create_network(
-            job.attacker.backbone or job.backbone,
-            num_classes=len(training.classes),
-            image_size=training.image_size,
-            seed=job.seed,
-        )
+        shape: dict[str, Any] = {"num_classes": len(training.classes), "image_size": training.image_size}
+        start = job.attacker.start
+        if start is None:
+            network = create_network(job.victim, seed=job.seed, **shape)
+        else:
+            network = start.network(seed=job.seed, **shape)
         checkpoint = self.checkpoints / f"{job.name}.safetensors"
         how: dict[str, Any] = {
             "recipe": chosen,

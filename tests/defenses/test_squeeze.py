@@ -12,10 +12,10 @@ from torch import Tensor
 
 from hf_unlearnable.defenses.base import describe
 from hf_unlearnable.defenses.data import DataDefense
-from hf_unlearnable.defenses.squeeze import BitDepth, Grayscale, Jpeg
+from hf_unlearnable.defenses.squeeze import BitDepth, Grayscale, Jpeg, Webp
 from tests.conftest import make_dataset, noise_pictures, pixels
 
-ALL = [Grayscale(), Grayscale(weights="mean"), Jpeg(), Jpeg(quality=90), BitDepth(), BitDepth(bits=5)]
+ALL = [Grayscale(), Grayscale(weights="mean"), Jpeg(), Jpeg(quality=90), Webp(), BitDepth(), BitDepth(bits=5)]
 
 
 def nchw(pictures: np.ndarray) -> Tensor:
@@ -56,6 +56,25 @@ def test_jpeg_is_pils_with_its_default_subsampling(quality: int, size: tuple[int
         assert (found != pictures).mean() > 0.9
 
 
+@pytest.mark.parametrize("quality", [1, 80, 100])
+def test_webp_is_pils_with_loss(quality: int) -> None:
+    pictures = noise_pictures(12, 24, 40)
+    oracle = []
+    for picture in pictures:
+        buffer = io.BytesIO()
+        PIL.Image.fromarray(picture).save(buffer, "WebP", quality=quality)
+        assert buffer.getvalue()[12:16] == b"VP8 "
+        oracle.append(np.asarray(PIL.Image.open(buffer).convert("RGB")))
+    found = changed(Webp(quality=quality), pictures)
+    assert np.array_equal(found, np.stack(oracle))
+    assert (found != pictures).mean() > 0.5
+
+
+def test_a_picture_too_large_for_webp_is_named() -> None:
+    with pytest.raises(ValueError, match="row 3: expected a picture that WebP can hold"):
+        Webp().change(torch.zeros(1, 3, 1, 70_000, dtype=torch.uint8), None, ["row 3"])
+
+
 def test_a_picture_too_large_for_jpeg_is_named() -> None:
     with pytest.raises(ValueError, match="row 3: expected a picture that JPEG can hold"):
         Jpeg().change(torch.zeros(1, 3, 1, 70_000, dtype=torch.uint8), None, ["row 3"])
@@ -85,7 +104,8 @@ def test_what_it_is_goes_into_results() -> None:
 
 
 @pytest.mark.parametrize(
-    ("kind", "wrong"), [(Grayscale, {"weights": "sum"}), (Jpeg, {"quality": 0}), (Jpeg, {"quality": 96})]
+    ("kind", "wrong"),
+    [(Grayscale, {"weights": "sum"}), (Jpeg, {"quality": 0}), (Jpeg, {"quality": 96}), (Webp, {"quality": 101})],
 )
 def test_bad_settings(kind: Any, wrong: dict[str, Any]) -> None:
     with pytest.raises(ValueError, match="weights|quality"):
