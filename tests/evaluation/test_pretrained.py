@@ -86,7 +86,7 @@ def test_an_evaluation_with_them(
     assert ", fine-tuned test_resnet, seed 0: " in said
     matrix = (place / "eval" / "matrix.md").read_text().splitlines()[0]
     assert all(name in matrix for name in names)
-    (path,) = (place / "eval" / "jobs").glob("lsp-*/last-layer-of-test_resnet-0.json")
+    (path,) = (place / "eval" / "jobs").glob("lsp-*/last-layer-of-test-resnet-0.json")
     found = Outcome.load(path)
     assert found.job["attacker"]["start"]["frozen_stages"] == "all"
     assert (found.job["backbone"], found.job["recipe"]["name"]) == ("test_resnet", "finetune")
