@@ -20,6 +20,7 @@ from hf_unlearnable.augment import Augmentation, take
 from hf_unlearnable.batches import Batch, Batches
 from hf_unlearnable.checkpoint import Interrupts, load_checkpoint, save_checkpoint, tensors_digest, weights_digest
 from hf_unlearnable.environment import keep_freed_memory
+from hf_unlearnable.images import Images, Labels
 from hf_unlearnable.keys import Key, torch_generator
 from hf_unlearnable.networks import Network, create_network, frozen
 from hf_unlearnable.recipes import Recipe
@@ -121,6 +122,36 @@ class Fit(abc.ABC):
 
     def gather(self) -> None:  # noqa: B027  (most methods have nothing to gather)
         """Make `tensors` whole and equal on all processes; called on all of them before a checkpoint and at the end."""
+
+    def objective(self, x: Images, y: Labels) -> Tensor | None:
+        """What a pass differentiates, for pictures that are leaves; None where a step consists of no such passes."""
+        network = self.modules.get("network")
+        if network is None:
+            return None
+        with frozen(network):
+            return F.cross_entropy(network(x).float(), y)
+
+    def estimate(self) -> float:
+        """Seconds that the training will take, or NaN: one timed forward-backward pass of a few pictures, times all
+        there are."""
+        setup, train = self.setup, self.setup.train
+        if not len(train):
+            return math.nan
+        rows = min(len(train), 64 if setup.device.type == "cpu" else setup.recipe.batch_size)
+        took = math.inf
+        for _ in range(2):
+            leaf = as_input(train.pixels[:rows]).detach().requires_grad_()
+            began = time.perf_counter()
+            with setup.accelerator.autocast():
+                loss = self.objective(leaf, train.labels[:rows])
+            if loss is None:
+                return math.nan
+            torch.autograd.grad(loss, leaf)
+            if setup.device.type == "cuda":
+                torch.cuda.synchronize()
+            took = min(took, time.perf_counter() - began)
+        batch = min(setup.recipe.batch_size, len(train)) / setup.accelerator.num_processes
+        return took * batch / rows * self.passes * self.total
 
     def networks(self) -> dict[str, Network]:
         """The networks that belong into the surrogate."""
@@ -251,7 +282,7 @@ def run(
     for module in fit.modules.values():
         module.train()
     if progress and main and done.step == 0:
-        tqdm.write(f"{description}: {fit.total} steps on {device}, about {_told(estimate(fit))}")
+        tqdm.write(f"{description}: {fit.total} steps on {device}, about {_told(fit.estimate())}")
     sums: dict[str, tuple[Tensor | float, float]] = {name: (total, n) for name, (total, n) in done.sums.items()}
     with (
         own_randomness(device),
@@ -310,27 +341,6 @@ def run(
                 raise Unfinished(f"stopped after step {done.step} of {fit.total}; go on from {checkpoint}")
     fit.gather()
     return done
-
-
-def estimate(fit: Fit) -> float:
-    """Seconds that the training will take: one timed forward-backward pass of a few pictures, times all there are."""
-    network = fit.modules.get("network")
-    train = fit.setup.train
-    if network is None or not len(train):
-        return math.nan
-    rows = min(len(train), 64 if fit.setup.device.type == "cpu" else fit.setup.recipe.batch_size)
-    x = as_input(train.pixels[:rows])
-    took = math.inf
-    for _ in range(2):
-        began = time.perf_counter()
-        with frozen(network), fit.setup.accelerator.autocast():
-            loss = F.cross_entropy(network(leaf := x.detach().requires_grad_()).float(), train.labels[:rows])
-            torch.autograd.grad(loss, leaf)
-        if fit.setup.device.type == "cuda":
-            torch.cuda.synchronize()
-        took = min(took, time.perf_counter() - began)
-    batch = min(fit.setup.recipe.batch_size, len(train)) / fit.setup.accelerator.num_processes
-    return took * batch / rows * fit.passes * fit.total
 
 
 def accuracy(model: nn.Module, batches: Batches, accelerator: Accelerator) -> float:

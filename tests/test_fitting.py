@@ -16,10 +16,24 @@ from accelerate.state import AcceleratorState
 from safetensors import safe_open
 from torch import Tensor, nn
 
-from hf_unlearnable import fitting
+from hf_unlearnable import (
+    ClustersPoison,
+    DeepConfusePoison,
+    EmPoison,
+    EntfPoison,
+    HypoPoison,
+    MinMaxMinPoison,
+    NtgaPoison,
+    PilPoison,
+    RobustEmPoison,
+    SemPoison,
+    SurrogatePoison,
+    TapPoison,
+    fitting,
+)
 from hf_unlearnable.batches import Batches
 from hf_unlearnable.fitting import Fit, Progress, Setup
-from hf_unlearnable.recipes import Recipe
+from hf_unlearnable.recipes import Recipe, changed
 from hf_unlearnable.training import Unfinished, as_input
 from tests.conftest import noise_pictures
 
@@ -214,14 +228,38 @@ def test_an_estimate_grows_with_steps_and_passes(accelerator: Accelerator) -> No
     setup = Setup(train=make_batches(), recipe=RECIPE, backbone="tiny", seed=3, accelerator=accelerator)
     fit = Plain(setup)
     before = {name: value.clone() for name, value in fit.modules["network"].state_dict().items()}
-    fitting.estimate(fit)
-    small = min(fitting.estimate(fit) for _ in range(3))
+    fit.estimate()
+    small = min(fit.estimate() for _ in range(3))
     fit.passes, fit.total = 100.0, 900
-    large = min(fitting.estimate(fit) for _ in range(3))
+    large = min(fit.estimate() for _ in range(3))
     assert large > 100 * small
     assert all(torch.equal(value, before[name]) for name, value in fit.modules["network"].state_dict().items())
     fit.modules = {}
-    assert math.isnan(fitting.estimate(fit))
+    assert math.isnan(fit.estimate())
+
+
+@pytest.mark.parametrize(
+    "poison",
+    [
+        ClustersPoison(clusters=2, pretrained=False, feature_size=0, generator_width=4),
+        DeepConfusePoison(generator_width=4),
+        EmPoison(),
+        EntfPoison(),
+        HypoPoison(),
+        MinMaxMinPoison(),
+        NtgaPoison(block=20),
+        PilPoison(),
+        RobustEmPoison(),
+        SemPoison(),
+        TapPoison(),
+    ],
+    ids=lambda poison: poison.name,
+)
+def test_every_method_can_tell_how_long_it_will_take(accelerator: Accelerator, poison: SurrogatePoison) -> None:
+    backbone = poison.backbone if poison.backbone in ("linear", "none") else "tiny"
+    made = poison.recipe if backbone == "none" else changed(poison.recipe, batch_size=20)
+    setup = Setup(train=make_batches(200), recipe=made, backbone=backbone, seed=3, accelerator=accelerator)
+    assert 0 < poison.fitting(setup).estimate() < 10**8
 
 
 def test_modes_are_for_training(accelerator: Accelerator) -> None:

@@ -178,6 +178,12 @@ class ClustersFit(Fit):
                 self.tensors["deltas"][cluster] = self.delta(cluster)[0]
         return {"loss": loss}
 
+    def objective(self, x: Images, y: Labels) -> Tensor:
+        network = self.modules["features"]
+        with frozen(network):
+            found = features(network, x, self.poison.feature_size)
+            return divergence(found.detach()[0].softmax(0), found)
+
     def find_clusters(self) -> None:
         """Features of all rows, in float32 as in mapping, their K-means, and the rows nearest to every centre."""
         setup, train = self.setup, self.setup.train

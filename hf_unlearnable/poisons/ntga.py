@@ -2,6 +2,7 @@
 
 import math
 from dataclasses import dataclass
+from time import perf_counter
 from typing import ClassVar, Literal
 
 import torch
@@ -142,6 +143,20 @@ class NtgaFit(Fit):
         self.tensors["noise"][rows] = (shown.short() - block.pixels.short()).to(torch.int8)
         objective(shown.double() / 255, rows)
         return {"held-out loss, clean block": losses[0], "held-out loss": losses[-1]}
+
+    def estimate(self) -> float:
+        """Two timed gradients of the first block, by one and by two chunks of held-out rows, times all there are."""
+        train, classes, pgd = self.setup.train, len(self.setup.train.classes), self.poison.pgd
+        rows, others = (part.to(self.setup.device) for part in self.plan[0])
+        block, took = train.select(rows), []
+        for chunks in (1, 2):
+            held = train.select(others[: chunks * CHUNK])
+            began = perf_counter()
+            float(held_out_loss(block.pixels.double() / 255, block.labels, held, classes, self.poison.time)[0])
+            took.append(perf_counter() - began)
+        more = max(0.0, took[1] - took[0]) if len(others) >= 2 * CHUNK else 0.0
+        chunks = len(others) / CHUNK / self.setup.accelerator.num_processes
+        return self.total * (pgd.steps + 1) * (took[0] + max(0.0, chunks - 1) * more)
 
     def networks(self) -> dict[str, Network]:
         return {}
