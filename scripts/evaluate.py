@@ -33,7 +33,7 @@ from accelerate import Accelerator
 
 from hf_unlearnable import sources
 from hf_unlearnable.evaluation.arms import Rows
-from hf_unlearnable.evaluation.attackers import Suite, SuiteName, pretrained, suite
+from hf_unlearnable.evaluation.attackers import Suite, SuiteName, adaptive, pretrained, suite
 from hf_unlearnable.evaluation.jobs import Job, Outcome, Queue, Worker
 from hf_unlearnable.evaluation.pages import percent
 from hf_unlearnable.evaluation.protocol import plan, protected_arms, report
@@ -70,6 +70,8 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     weights = "also attackers that start from pretrained weights: timm's from the Hub, or those of a safetensors file"
     parser.add_argument("--pretrained", nargs="+", default=[], metavar="BACKBONE[=FILE]", help=weights)
     parser.add_argument("--pretrained-size", type=int, help="side that those see pictures at; default: as they are")
+    knows = "also attackers who know CUDA, and to whom 1 and 10 clean pictures of every class leaked"
+    parser.add_argument("--adaptive", action="store_true", help=knows)
     parser.add_argument("--seeds", type=int, nargs="+", help="of the trainings; default: the suite's")
     parser.add_argument("--rows", type=int, help="training rows, class by class; default: the suite's")
     parser.add_argument("--validation-rows", type=int, help="of the test split; default: a fifth of it")
@@ -89,7 +91,7 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--progress", action=argparse.BooleanOptionalAction, default=True)
     parser.add_argument("--worker", action="store_true", help=argparse.SUPPRESS)
     arguments = parser.parse_args(argv)
-    known = [attacker.name for attacker in with_pretrained(arguments).attackers]
+    known = [attacker.name for attacker in whole_suite(arguments).attackers]
     for name in arguments.attackers or []:
         if name not in known:
             near = sources.near(name, known)
@@ -99,9 +101,9 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     return arguments
 
 
-def with_pretrained(arguments: argparse.Namespace) -> Suite:
-    """The suite, and the trainers who start from weights."""
-    made, more = suite(arguments.suite), []
+def whole_suite(arguments: argparse.Namespace) -> Suite:
+    """The suite, and the trainers who know the method or start from weights."""
+    made, more = suite(arguments.suite), [*(adaptive() if arguments.adaptive else ())]
     for text in arguments.pretrained:
         backbone, _, file = text.partition("=")
         more += pretrained(backbone, file=file or None, image_size=arguments.pretrained_size)
@@ -109,7 +111,7 @@ def with_pretrained(arguments: argparse.Namespace) -> Suite:
 
 
 def chosen_suite(arguments: argparse.Namespace) -> Suite:
-    made = with_pretrained(arguments)
+    made = whole_suite(arguments)
     names = {"erm", *(arguments.attackers or [one.name for one in made.attackers])}
     changes = {name: getattr(arguments, name) for name in ("rows", "backbone", "recipe", "image_size")}
     changes |= {"seeds": arguments.seeds and tuple(dict.fromkeys(arguments.seeds))}

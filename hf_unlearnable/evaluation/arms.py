@@ -133,6 +133,10 @@ class Rows:
             return clean.select((~keep).nonzero()[:, 0])
         return replace(clean, pixels=torch.where(keep[:, None, None, None], published.pixels, clean.pixels))
 
+    def behind(self, arm: Arm) -> Batches:
+        """The clean rows behind those of a protected arm, and of the clean one."""
+        return self._few(self.protected(arm.path)[1])
+
     def source(self, arm: Arm) -> str:
         """The name of the dataset that an arm's folder says it was made of."""
         return Record.load(Path(arm.path) / "record.json").source["dataset"]

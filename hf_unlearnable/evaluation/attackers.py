@@ -16,6 +16,7 @@ from hf_unlearnable.defenses.dvae import Dvae
 from hf_unlearnable.defenses.erm import Erm
 from hf_unlearnable.defenses.filters import DeconvolutionAdversarial, RandomFilter
 from hf_unlearnable.defenses.fresh import EachStep
+from hf_unlearnable.defenses.inversion import FilterInversion
 from hf_unlearnable.defenses.mixing import Cutmix, Mixup
 from hf_unlearnable.defenses.orthogonal import OrthogonalRegularization
 from hf_unlearnable.defenses.projection import OrthogonalProjection
@@ -204,6 +205,17 @@ def _tier_2() -> tuple[Attacker, ...]:
     )
 
 
+def adaptive() -> tuple[Attacker, ...]:
+    """Trainers who know CUDA and its settings, and to whom one or ten clean pictures of every class leaked.
+
+    Source: METHODS_NEW part IV, P5, tier 3. Deviations: a hundred pairs tell no more than ten.
+    """
+    return tuple(
+        _attacker(f"{pairs} leaked {'pair' if pairs == 1 else 'pairs'} a class", FilterInversion(pairs=pairs))
+        for pairs in (1, 10)
+    )
+
+
 def pretrained(backbone: str, *, file: str | None = None, image_size: int | None = None) -> tuple[Attacker, ...]:
     """Trainers who start from pretrained weights, by the recipe "finetune": the last layer alone (ten times the
     learning rate), all but the stem and the first stage, everything, and everything with BatchNorm frozen.
@@ -239,8 +251,8 @@ def suite(name: SuiteName) -> Suite:
         ValueError: there is no such suite.
 
     Source: METHODS_NEW part IV, P5. Deviations: pretrained trainers are added with `pretrained` only, as their weights
-    must come from somewhere; the strong recipe of OP's paper, AVATAR, SimCLR, DFR and the adaptive tier 3 are no part
-    of any suite (`hf_unlearnable.last_layer` has DFR).
+    must come from somewhere, and the adaptive tier 3 with `adaptive`, as it is told some clean pictures; the strong
+    recipe of OP's paper, AVATAR, SimCLR and DFR are no part of any suite (`hf_unlearnable.last_layer` has DFR).
     """
     if name == "quick":
         weak = Adversarial(pgd_steps=3, pgd_step_size=2 / 255)

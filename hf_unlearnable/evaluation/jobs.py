@@ -14,6 +14,7 @@ from filelock import FileLock, Timeout
 
 from hf_unlearnable.checkpoint import OtherRun
 from hf_unlearnable.defenses.fresh import EachStep
+from hf_unlearnable.defenses.inversion import FilterInversion
 from hf_unlearnable.evaluation.arms import Arm, Rows
 from hf_unlearnable.evaluation.attackers import Attacker
 from hf_unlearnable.networks import create_network
@@ -223,7 +224,11 @@ class Worker:
         changes = {**job.attacker.changes, **({"steps": job.steps} if job.steps else {})}
         chosen = changed(recipe(job.attacker.recipe or job.recipe), **changes)
         for defense in job.attacker.data:
-            training = defense.fit(training, seed=job.seed, progress=self.progress).on(training)
+            if isinstance(defense, FilterInversion):
+                fitted = defense.fit_pairs(training, self.rows.behind(job.arm), seed=job.seed)
+            else:
+                fitted = defense.fit(training, seed=job.seed, progress=self.progress)
+            training = fitted.on(training)
         loss = job.attacker.loss
         if isinstance(loss, EachStep):
             loss = loss.fit(training, seed=job.seed, progress=self.progress)
