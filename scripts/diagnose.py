@@ -61,6 +61,7 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--test-split", default="test", help="default: test")
     parser.add_argument("--rows", type=int, default=10_000, help="training rows, class by class (default: 10000)")
     parser.add_argument("--validation-rows", type=int, help="of the test split; default: a fifth of it")
+    parser.add_argument("--image-size", type=int, help="resize and crop all pictures; default: they are of one size")
     options.add_fields(parser.add_argument_group("settings"), Setting)
     parser.add_argument("--cpu", action="store_true", help="do not use a GPU")
     parser.add_argument("--progress", action=argparse.BooleanOptionalAction, default=True)
@@ -76,6 +77,7 @@ def run(arguments: argparse.Namespace) -> None:
         test,
         rows=arguments.rows,
         validation_rows=len(test) // 5 if arguments.validation_rows is None else arguments.validation_rows,
+        image_size=arguments.image_size,
         device=accelerator.device,
         progress=arguments.progress,
     )

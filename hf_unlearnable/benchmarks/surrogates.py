@@ -14,7 +14,7 @@ from datasets import Dataset, Image
 from hf_unlearnable import columns
 from hf_unlearnable.batches import Batches
 from hf_unlearnable.benchmarks.mapping import mapped
-from hf_unlearnable.benchmarks.timing import SEED, beside, compare, wait
+from hf_unlearnable.benchmarks.timing import SEED, beside, compare, in_steps, wait
 from hf_unlearnable.environment import hardware
 from hf_unlearnable.fitting import Setup
 from hf_unlearnable.poisons.em import EmPoison
@@ -88,8 +88,7 @@ def benchmark_surrogate(source: Dataset, name: str, rounds: int, quick: bool) ->
         one_step = compare(steps, dict.fromkeys(steps, 1), rounds)
 
     plain_source = source.cast_column(columns.image_column(source.features), Image(decode=False))
-    maps: dict[str, Callable[[], object]] = {"plain training": plain}
-    passes: dict[str, float | None] = {"plain training": 1.0}
+    maps: dict[str, dict[str, float]] = {}
     for title, poison in poisons.items():
         linear = isinstance(poison, PilPoison)
         known = poison.fit(
@@ -100,20 +99,17 @@ def benchmark_surrogate(source: Dataset, name: str, rounds: int, quick: bool) ->
             progress=False,
         )
         made = dataclasses.replace(type(poison).from_surrogate(known), device=device)
-        maps[title] = partial(mapped, plain_source, made, batched=True, batch_size=500)
-        passes[title] = None
+        passes: float | None = None
         if isinstance(poison, RobustEmPoison):
             noise = poison.noise_pgd(train.image_size)
             inner = 0 if noise.inner is None else noise.inner.steps
-            passes[title] = noise.steps * noise.eot * (1 + inner) * len(source) / batch
-    over_map = compare(maps, dict.fromkeys(maps, 1), 1 if quick else max(1, rounds // 3))
-    titles = (("one step", one_step, ideal), (f"map of {len(source)} pictures", over_map, passes))
+            passes = noise.steps * noise.eot * (1 + inner) * len(source) / batch
+        whole = partial(mapped, plain_source, made, batched=True, batch_size=500)
+        maps[title] = beside(in_steps(whole, plain, max(1, rounds // 3)), passes)
     return {
         "data": name,
         "network": f"{backbone} on {hardware(accelerator)['device']}",
         "batch": batch,
-        **{
-            title: {variant: beside(values["time_over_first"], wanted[variant]) for variant, values in found.items()}
-            for title, found, wanted in titles
-        },
+        "one step": {title: beside(found["time_over_first"], ideal[title]) for title, found in one_step.items()},
+        f"map of {len(source)} pictures": maps,
     }

@@ -34,6 +34,18 @@ def compare(
     }
 
 
+def in_steps(function: Callable[[], object], step: Callable[[], object], rounds: int, *, around: int = 5) -> float:
+    """How many short steps a long call takes: the median over rounds, each against the median of steps timed right
+    before and right after it, so that a machine that slows down meanwhile slows both."""
+    ratios = []
+    for _ in range(rounds):
+        before = [seconds(step) for _ in range(around)]
+        spent = seconds(function)
+        after = [seconds(step) for _ in range(around)]
+        ratios.append(spent / statistics.median(before + after))
+    return statistics.median(ratios)
+
+
 def beside(ratio: float, ideal: float | None) -> dict[str, float]:
     """A ratio, its ideal and how many times the ideal it is."""
     return {"plain_steps": ratio} | ({} if ideal is None else {"ideal": ideal, "over_ideal": ratio / ideal})

@@ -14,7 +14,7 @@ from accelerate import Accelerator
 from accelerate.state import AcceleratorState
 from datasets import DatasetDict
 
-from hf_unlearnable import OpsPoison
+from hf_unlearnable import LspPoison, OpsPoison
 from hf_unlearnable.batches import Batches
 from hf_unlearnable.evaluation import diagnosis as room
 from hf_unlearnable.evaluation.arms import Rows
@@ -22,7 +22,7 @@ from hf_unlearnable.evaluation.diagnosis import QUICK, Diagnosis, Setting, donor
 from hf_unlearnable.evaluation.diagnosis_pages import PAGES, headlines, summary
 from hf_unlearnable.networks import create_network
 from hf_unlearnable.protect import protect
-from tests.conftest import load_script
+from tests.conftest import load_script, make_dataset, noise_pictures
 from tests.evaluation.test_findings import result
 
 SETTING = Setting(detector_epochs=1, sample_epochs=(1,), dfr_rows=50, draws=60, certificate_rows=20, hidden=1)
@@ -365,6 +365,28 @@ def test_the_command(
     for wrong in (["--what", "everything"], ["--sed", "1"]):
         with pytest.raises(SystemExit, match="2"):
             script.main([*given[:6], *wrong])
+
+
+def test_pictures_of_mixed_sizes(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    AcceleratorState._reset_state(reset_partial_state=True)
+    sizes = [(40, 56), (33, 33), (64, 40)]
+    pictures = [noise_pictures(1, *sizes[i % 3], seed=i)[0] for i in range(240)]
+    splits = {
+        name: make_dataset(pictures[part], [i % 2 for i in range(120)], classes=2)
+        for name, part in (("train", slice(0, 120)), ("test", slice(120, 240)))
+    }
+    DatasetDict(splits).save_to_disk(tmp_path / "clean")
+    protect(splits["train"], LspPoison(seed=0), tmp_path / "lsp", source="any", split="train", progress=False)
+    capsys.readouterr()
+    script, output = load_script("diagnose"), tmp_path / "out"
+    given = ["--protected", str(tmp_path / "lsp"), "--clean", str(tmp_path / "clean"), "--output", str(output)]
+    given += ["--validation-rows", "60", "--cpu", "--no-progress", "--what", "separability"]
+    assert script.main(given) == 1
+    assert "size" in capsys.readouterr().err
+    assert script.main([*given, "--image-size", "24"]) == 0
+    assert read(output)["setting"]["image_size"] == [24, 24]
+    assert script.main([*given, "--image-size", "32"]) == 1
+    assert "image_size was [24, 24] and would be [32, 32]" in capsys.readouterr().err
 
 
 def test_ctrl_c_is_told(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
