@@ -36,7 +36,7 @@ from hf_unlearnable.evaluation.arms import Rows
 from hf_unlearnable.evaluation.attackers import Suite, SuiteName, adaptive, pretrained, suite
 from hf_unlearnable.evaluation.jobs import Job, Outcome, Queue, Worker
 from hf_unlearnable.evaluation.pages import percent
-from hf_unlearnable.evaluation.protocol import plan, protected_arms, report
+from hf_unlearnable.evaluation.protocol import plan, protected_arms, report, tables
 from hf_unlearnable.networks import SHORT_NAMES, create_network
 from hf_unlearnable.recipes import RECIPES
 from hf_unlearnable.record import Record
@@ -60,8 +60,8 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
     )
     source = "Hub id, folder of pictures, parquet, save_to_disk, or demo"
-    parser.add_argument("--protected", nargs="+", required=True, help="folders that protect.py made, or label=folder")
-    parser.add_argument("--clean", required=True, help=f"what was protected, and clean test pictures: {source}")
+    parser.add_argument("--protected", nargs="+", help="folders that protect.py made, or label=folder")
+    parser.add_argument("--clean", help=f"what was protected, and clean test pictures: {source}")
     parser.add_argument("--config", help="configuration of a Hub dataset")
     parser.add_argument("--train-split", help="default: the only one, or train")
     parser.add_argument("--test-split", default="test", help="default: test")
@@ -85,6 +85,8 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--max-minutes", type=float, help="stop after this time; the same command goes on")
     parser.add_argument("--workers", type=int, default=1, help="processes that divide the trainings (default: 1)")
     parser.add_argument("--report-only", action="store_true", help="no training: tables and plots from what there is")
+    only = "only draw table, matrix and heat map anew, from all trainings in --output; needs nothing else"
+    parser.add_argument("--tables", action="store_true", help=only)
     parser.add_argument("--retry-failed", action="store_true", help="do failed trainings again")
     parser.add_argument("--note", action=argparse.BooleanOptionalAction, default=True, help="update the records")
     parser.add_argument("--cpu", action="store_true", help="do not use a GPU")
@@ -96,6 +98,8 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
         if name not in known:
             near = sources.near(name, known)
             parser.error(f"suite {arguments.suite} has no attacker {name!r}{near}; it has {', '.join(known)}")
+    if not arguments.tables and not (arguments.protected and arguments.clean):
+        parser.error("the following arguments are required: --protected, --clean")
     if arguments.workers < 1:
         parser.error(f"--workers: expected 1 or more, got {arguments.workers}")
     return arguments
@@ -124,6 +128,10 @@ def chosen_suite(arguments: argparse.Namespace) -> Suite:
 
 
 def run(arguments: argparse.Namespace) -> int:
+    if arguments.tables:
+        trainings = sum(cell.last.trainings for cell in tables(arguments.output) if cell.last)
+        print(f"{trainings} trainings: see {arguments.output / 'matrix.md'} and {arguments.output / 'heat-map.png'}")
+        return 0
     made, protected = chosen_suite(arguments), protected_arms(arguments.protected)
     jobs = plan(made, protected, anchors=not arguments.no_anchors)
     for backbone in {made.backbone, *(one.backbone for one in made.attackers if one.backbone)}:

@@ -12,7 +12,7 @@ from filelock import FileLock
 from hf_unlearnable import card
 from hf_unlearnable.evaluation import pages, pictures
 from hf_unlearnable.evaluation.arms import Arm
-from hf_unlearnable.evaluation.attackers import Suite
+from hf_unlearnable.evaluation.attackers import Suite, suite
 from hf_unlearnable.evaluation.findings import Cell, Verdict, arm_of, attacker_of, cells, verdict
 from hf_unlearnable.evaluation.jobs import Job, Outcome
 from hf_unlearnable.recipes import recipe
@@ -178,6 +178,37 @@ def report(
         for arm in alike if note else ():
             _note(Path(arm.path), told, [cell for cell in found if cell.arm in (told.arm, "clean")], of)
     return verdicts
+
+
+def tables(folder: Path) -> list[Cell]:
+    """table.csv, matrix.md and heat-map.png of an evaluation from the files of its trainings alone, whatever datasets
+    and keys they are of: clean rows first, then the most learnable. Nothing is claimed, and no guard is looked at.
+
+    Raises:
+        ValueError: no trainings there, or trainings that were tested on different rows.
+    """
+    outcomes = [Outcome.load(path) for path in sorted((folder / "jobs").rglob("*.json"))]
+    done = [outcome.result for outcome in outcomes if outcome.result is not None]
+    if not done:
+        raise ValueError(f"expected an evaluation with results of trainings in {folder / 'jobs'}, got none")
+    if len({(result.test_digest, result.validation_rows) for result in done}) > 1:
+        raise ValueError(f"{folder}: its trainings were tested on different rows")
+    order = [one.name for one in suite("full").attackers]
+    arms: dict[str, list[Cell]] = {}
+    for cell in cells(outcomes):
+        arms.setdefault(cell.arm, []).append(cell)
+    for own in arms.values():
+        own.sort(key=lambda cell: order.index(cell.attacker) if cell.attacker in order else len(order))
+    best = {arm: max((cell.selected.mean for cell in own if cell.selected), default=-1.0) for arm, own in arms.items()}
+    found = [cell for arm in sorted(arms, key=lambda arm: (arm != "clean", -best[arm], arm)) for cell in arms[arm]]
+    kinds = {arm_of(outcome): outcome.job["arm"]["kind"] for outcome in outcomes}
+    main = [cell for cell in found if kinds[cell.arm] in ("clean", "protected")]
+    (folder / "table.csv").write_text(pages.table(found))
+    (folder / "matrix.md").write_text(pages.matrix(main) + "\n")
+    if any(cell.selected for cell in main):
+        title = f"{max(result.train_rows for result in done):,} rows"
+        pictures.heat_map(main, folder / "heat-map.png", title=title, chance=done[0].chance)
+    return found
 
 
 def _note(folder: Path, told: Verdict, found: Sequence[Cell], of: dict[str, Any]) -> None:

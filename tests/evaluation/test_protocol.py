@@ -10,10 +10,11 @@ from datasets import load_dataset
 
 from hf_unlearnable.evaluation.attackers import Suite, suite
 from hf_unlearnable.evaluation.jobs import Job, Outcome
-from hf_unlearnable.evaluation.protocol import plan, protected_arms, report
+from hf_unlearnable.evaluation.protocol import plan, protected_arms, report, tables
 from hf_unlearnable.gate.checks import inspect
 from hf_unlearnable.record import Record
 from hf_unlearnable.reported import reported
+from tests.conftest import load_script
 from tests.evaluation.test_findings import result
 
 
@@ -92,6 +93,24 @@ def test_the_report_writes_everything_and_tells_the_record(protected_once: list[
     (refused,) = report(made, arms, outcomes, output, anchor=0.95)
     assert refused.refused
     assert "Nothing is claimed" in (folders[0] / "README.md").read_text()
+
+
+def test_tables_from_the_trainings_alone(protected_once: list[Path], tmp_path: Path) -> None:
+    arms = protected_arms([str(path) for path in protected_once])
+    outcomes = [made_up(job) for job in plan(small(), arms)]
+    report(small(), arms, outcomes, tmp_path, anchor=0.8, note=False)
+    before = {name: (tmp_path / name).read_text().splitlines() for name in ("table.csv", "matrix.md")}
+    with pytest.raises(ValueError, match="expected an evaluation with results of trainings"):
+        tables(tmp_path)
+    for i, outcome in enumerate(outcomes):
+        outcome.save(tmp_path / "jobs" / "any" / f"{i}.json")
+    tables(tmp_path)
+    for name, lines in before.items():
+        assert sorted((tmp_path / name).read_text().splitlines()) == sorted(lines), "the same, in another order"
+    assert (tmp_path / "matrix.md").read_text().splitlines()[2].startswith("| clean |")
+    assert load_script("evaluate").main(["--tables", "--output", str(tmp_path)]) == 0
+    with pytest.raises(SystemExit):
+        load_script("evaluate").main(["--output", str(tmp_path)])
 
 
 def test_the_record_can_be_left_alone(protected_once: list[Path], tmp_path: Path) -> None:
