@@ -118,6 +118,8 @@ class Result:
             come from the training data: where that is poisoned, so are they.
         confusion: confusion[i][j] test rows of class i were taken for class j, after the last step.
         seconds: training and evaluation, over all resumptions.
+        start: what the training began with and left as it was (`weights`: "timm", "random" or the digest of their file;
+            `frozen_stages`, `frozen_batch_norm`); None for random weights, all of which were trained.
     """
 
     test_accuracy: float
@@ -142,6 +144,7 @@ class Result:
     hardware: dict[str, Any]
     versions: dict[str, str]
     seconds: float
+    start: dict[str, Any] | None = None
     schema: int = SCHEMA
 
     @property

@@ -59,6 +59,7 @@ from hf_unlearnable.defenses.smoothing import Smoothing
 from hf_unlearnable.defenses.squeeze import BitDepth, Grayscale, Jpeg, Webp
 from hf_unlearnable.defenses.strong import StrongAugmentation
 from hf_unlearnable.defenses.ueraser import Ueraser
+from hf_unlearnable.digests import file_digest
 from hf_unlearnable.networks import SHORT_NAMES, Network, create_pretrained, freeze_early
 from hf_unlearnable.recipes import RECIPES, Recipe, recipe
 from hf_unlearnable.result import Result, summary
@@ -198,7 +199,9 @@ def run(arguments: argparse.Namespace, accelerator: Accelerator) -> int:
                 progress=arguments.progress,
             )
             if accelerator.is_main_process:
-                keep(folder, network, dataclasses.replace(result, defense=describe(defense)))
+                keep(
+                    folder, network, dataclasses.replace(result, defense=describe(defense), start=began_with(arguments))
+                )
             accelerator.wait_for_everyone()
         results.append(Result.load(folder / "result.json"))
         say(accelerator, f"seed {seed}: test accuracy {results[-1].test_accuracy:.4f}")
@@ -220,6 +223,15 @@ def beginning(arguments: argparse.Namespace, pictures: Batches, seed: int) -> Ne
     network.frozen_batch_norm = arguments.batch_norm == "frozen"
     freeze_early(network, arguments.freeze_stages)
     return network
+
+
+def began_with(arguments: argparse.Namespace) -> dict[str, Any] | None:
+    """For the result: which weights, and what of them was not trained."""
+    file, frozen = arguments.pretrained, arguments.batch_norm == "frozen"
+    if file is False and arguments.freeze_stages in (None, -1) and not frozen:
+        return None
+    weights = "random" if file is False else "timm" if file is True else f"sha256:{file_digest(Path(file))}"
+    return {"weights": weights, "frozen_stages": arguments.freeze_stages, "frozen_batch_norm": frozen}
 
 
 def defended(defense: Defense | DataDefense, pictures: Batches, seed: int, progress: bool) -> tuple[Batches, Defense]:

@@ -1,6 +1,7 @@
 """Pretrained weights, trained further: AdamW, stages that stay as they are, BatchNorm that stays as it is."""
 
 import dataclasses
+import hashlib
 import json
 import math
 from collections.abc import Callable, Iterator
@@ -401,6 +402,8 @@ def test_the_script_fine_tunes_a_file(
     }
     result = Result.load(tmp_path / "run" / "seed-0" / "result.json")
     assert (result.recipe.name, result.recipe.optimizer, result.train_rows) == ("finetune", "adamw", 27)
+    digest = hashlib.sha256(Path(file).read_bytes()).hexdigest()
+    assert result.start == {"weights": f"sha256:{digest}", "frozen_stages": 1, "frozen_batch_norm": True}
     noted = json.loads((tmp_path / "run" / "options.json").read_text())
     assert [noted[name] for name in ("pretrained", "freeze_stages", "batch_norm")] == [file, 1, "frozen"]
 
@@ -420,6 +423,7 @@ def test_a_run_of_before_the_flags_goes_on(call: Call, tmp_path: Path, capsys: p
     assert call() == 0
     one, other = (load_file(tmp_path / run / "seed-0" / "victim.safetensors") for run in ("run", "nothing-frozen"))
     assert not moved(one, other)
+    assert Result.load(tmp_path / "run" / "seed-0" / "result.json").start is None
     noted = tmp_path / "run" / "options.json"
     options = json.loads(noted.read_text())
     assert [options.pop(name) for name in ("freeze_stages", "batch_norm")] == [None, "train"]
