@@ -83,8 +83,8 @@ def publish(
 ) -> Publication:
     """Check a folder that `protect` made, push it, read back what was pushed, and only then say that it is finished.
 
-    After an interruption the same call goes on: shards that the Hub has are not sent again. Memory holds one batch of
-    rows; each parquet file of the folder becomes one on the Hub.
+    After an interruption the same call goes on: shards that the Hub has are not sent again. Memory holds a batch
+    of rows and one parquet file; each file of the folder becomes one on the Hub.
 
     Args:
         folder: `protect`'s output.

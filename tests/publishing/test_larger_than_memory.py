@@ -1,4 +1,4 @@
-"""Publishing and verifying hold a batch of rows, however many there are: the real command in a process of its own."""
+"""Publishing and verifying hold a batch of rows and a file, however many there are: the real command, by itself."""
 
 import subprocess
 import sys
