@@ -1,7 +1,7 @@
 """Inverted filters: what a trainer makes of a few clean pictures that leaked."""
 
 from dataclasses import dataclass
-from typing import Any, ClassVar, Self
+from typing import ClassVar, Self
 
 import torch
 import torch.nn.functional as F
@@ -120,19 +120,28 @@ def filter_between(clean: Tensor, published: Tensor, k: int) -> Float[Tensor, "k
 
 def deconvolved(x: Images, kernel: Float[Tensor, "k k"], *, strength: float, iterations: int) -> Images:
     """argmin_z ||kernel * z - x||^2 + strength ||z||^2 for every picture, with zero padding."""
-    how: dict[str, Any] = {"weight": kernel[None, None], "padding": len(kernel) // 2}
-    planes = x.reshape(-1, 1, *x.shape[2:])
 
     def squared(planes: Tensor) -> Tensor:
-        return (planes * planes).sum((1, 2, 3), keepdim=True)
+        return planes.square().sum((1, 2, 3), keepdim=True)
 
-    z = torch.zeros_like(planes)
-    rest = F.conv_transpose2d(planes, **how)
+    transposed = kernel.flip(0, 1)
+    z, rest = torch.zeros_like(x), correlated(x, transposed)
     direction, size = rest.clone(), squared(rest)
     for _ in range(iterations):
-        moved = F.conv_transpose2d(F.conv2d(direction, **how), **how) + strength * direction
+        moved = correlated(correlated(direction, kernel), transposed).add_(direction, alpha=strength)
         step = size / (direction * moved).sum((1, 2, 3), keepdim=True).clamp_min(1e-20)
         z, rest = z + step * direction, rest - step * moved
         before, size = size, squared(rest)
         direction = rest + size / before.clamp_min(1e-20) * direction
-    return z.view_as(x)
+    return z
+
+
+def correlated(x: Images, kernel: Float[Tensor, "k k"]) -> Images:
+    """Zero-padded cross-correlation of every plane, one multiply-add a weight: on a CPU several times faster than a
+    convolution of single channels."""
+    height, width, pad = *x.shape[2:], len(kernel) // 2
+    padded, found = F.pad(x, (pad, pad, pad, pad)), torch.zeros_like(x)
+    for row, weights in enumerate(kernel.tolist()):
+        for column, weight in enumerate(weights):
+            found.add_(padded[..., row : row + height, column : column + width], alpha=weight)
+    return found
