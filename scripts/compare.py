@@ -126,7 +126,8 @@ def run(arguments: argparse.Namespace, options: list[str]) -> int:
     kept = stratified_rows(torch.tensor(training[label]), min(arguments.rows, len(training)), key=0)
     training = training.select(kept.tolist())
     until = None if arguments.max_minutes is None else time.monotonic() + 60 * arguments.max_minutes
-    protected, wanted = [], split_digest(map(digest, Batches.load(training, progress=False).pixels))
+    protected: dict[str, str] = {}
+    wanted = split_digest(map(digest, Batches.load(training, progress=False).pixels))
     for seed in arguments.seeds:
         for name in arguments.poisons:
             folder = arguments.output / "protected" / f"{name}-{seed}"
@@ -139,12 +140,15 @@ def run(arguments: argparse.Namespace, options: list[str]) -> int:
                     return 75
                 source = arguments.dataset
                 protect(training, poison, folder, source=source, split=arguments.train_split, record_seed=True)
-            if Record.load(folder / "record.json").source["pixels_sha256"] != wanted:
+            record = Record.load(folder / "record.json")
+            if record.source["pixels_sha256"] != wanted:
                 raise ValueError(f"{folder} was made of other rows: choose another --output, or delete it")
-            protected.append(f"{name}={folder}")
+            given = f"{name}={folder}"
+            if (same := protected.setdefault(record.published["pixels_sha256"], given)) != given:
+                print(f"{name}, seed {seed}: the very pictures of {same.partition('=')[0]} under an earlier seed")
     if arguments.checks and "cuda" in arguments.poisons:
         print(checks(arguments))
-    command = [sys.executable, str(Path(__file__).with_name("evaluate.py")), "--protected", *protected]
+    command = [sys.executable, str(Path(__file__).with_name("evaluate.py")), "--protected", *protected.values()]
     command += ["--clean", arguments.dataset, "--train-split", arguments.train_split]
     command += [
         "--rows",
