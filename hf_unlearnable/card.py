@@ -168,8 +168,15 @@ def seen_at(setting: Mapping[str, Any]) -> str:
     return f", resized and cut to {side} x {side} pixels" if side else ""
 
 
+def others(setting: Mapping[str, Any]) -> str:
+    """Which attackers trained other victims than the setting's."""
+    known = setting.get("attackers") or {}
+    told = "; ".join(f"`{inline(name)}`: {inline(words)}" for name, words in known.items())
+    return f" Other victims: {told}." if told else ""
+
+
 def _sentence(found: Mapping[str, Any]) -> str:
-    setting, best, datasets = found["setting"], found["learnability"], len(found["pixels_sha256"])
+    setting, best, datasets = found["setting"], found["learnability"], len(found.get("pixels_sha256", ()))
     where = f"{setting['backbone']}, recipe {setting['recipe']}, {setting['train_rows']:,} rows{seen_at(setting)}"
     where += f"; mean over {datasets} datasets protected alike, this one among them" if datasets > 1 else ""
     if found["refused"] or best is None:
@@ -210,7 +217,7 @@ def _evaluation(found: Mapping[str, Any]) -> dict[str, Any]:
     sentence = (
         f"Victims: {setting['backbone']}, recipe {setting['recipe']} ({setting['epochs']}), {setting['train_rows']:,} "
         f"training pictures{seen_at(setting)}, training seeds {seeds}; {'; '.join(setting['hardware'])}. "
-        f"Chance: {100 * found['chance']:.1f} %."
+        f"Chance: {100 * found['chance']:.1f} %.{others(setting)}"
     )
     return {
         "sentence": sentence,

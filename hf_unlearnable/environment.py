@@ -2,6 +2,7 @@
 
 import contextlib
 import ctypes
+import os
 import platform
 from functools import cache
 from importlib.metadata import version
@@ -41,9 +42,12 @@ def keep_freed_memory() -> bool:
     """Keep what tensors leave free for the next ones, on a CPU and with glibc: whether that could be arranged.
 
     By itself glibc hands a large block back to the kernel, which must clear every page of the next one: with tensors
-    of some 10 MB and more, that is a good part of the time of a training step. It holds for the whole process.
+    of some 10 MB and more, that is a good part of the time of a training step. It holds for the whole process, from the
+    first training or gradient loop on a CPU on (maps of surrogate methods too), and costs memory: what was in use at
+    most is not given back. Where a variable of glibc's own is set (MALLOC_MMAP_THRESHOLD_, MALLOC_ARENA_MAX or another
+    MALLOC_...), nothing is changed.
     """
-    if platform.libc_ver()[0] != "glibc":
+    if platform.libc_ver()[0] != "glibc" or any(name.startswith("MALLOC_") for name in os.environ):
         return False
     trim_threshold, mmap_max, most = -1, -4, 2**31 - 1  # of mallopt(3)
     libc = ctypes.CDLL(None)

@@ -150,6 +150,8 @@ def train(
         "train_digest": train.digest(),
         "test_digest": test.digest(),
     }
+    if isinstance(model, Network) and model.sees is not None:
+        run["sees"] = model.sees
     run = json.loads(json.dumps(run, default=str))
     trained: Any = {"modules": {"model": model}, "optimizers": {recipe.optimizer: optimizer}}
     tally = Tally()

@@ -65,7 +65,10 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     options.add_fields(parser.add_argument_group("settings"), Setting)
     parser.add_argument("--cpu", action="store_true", help="do not use a GPU")
     parser.add_argument("--progress", action=argparse.BooleanOptionalAction, default=True)
-    return parser.parse_args(argv)
+    arguments = parser.parse_args(argv)
+    if arguments.image_size is not None and arguments.image_size < 1:
+        parser.error(f"--image-size: expected a number of pixels, 1 or more, got {arguments.image_size}")
+    return arguments
 
 
 def run(arguments: argparse.Namespace) -> None:

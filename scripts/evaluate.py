@@ -100,6 +100,12 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
             parser.error(f"suite {arguments.suite} has no attacker {name!r}{near}; it has {', '.join(known)}")
     if not arguments.tables and not (arguments.protected and arguments.clean):
         parser.error("the following arguments are required: --protected, --clean")
+    for name in ("image_size", "pretrained_size"):
+        value = getattr(arguments, name)
+        if value is not None and value < 1:
+            parser.error(f"--{name.replace('_', '-')}: expected a number of pixels, 1 or more, got {value}")
+    if arguments.pretrained_size is not None and not arguments.pretrained:
+        parser.error("--pretrained-size: goes with --pretrained")
     if arguments.workers < 1:
         parser.error(f"--workers: expected 1 or more, got {arguments.workers}")
     return arguments
@@ -138,9 +144,6 @@ def run(arguments: argparse.Namespace) -> int:
         create_network(
             backbone, num_classes=2, image_size=32, seed=0
         )  # an unknown name is told before anything is made
-    for attacker in made.attackers:
-        if attacker.start is not None:
-            attacker.start.network(num_classes=2, image_size=(32, 32), seed=0)
     open_output(arguments, made)
     queue = Queue(arguments.output / "jobs", jobs)
     if arguments.retry_failed and not arguments.worker and not arguments.report_only:
@@ -233,6 +236,11 @@ def work(arguments: argparse.Namespace, queue: Queue) -> int:
         device=accelerator.device,
         progress=arguments.progress,
     )
+    for one in chosen_suite(arguments).attackers:
+        if (
+            one.start is not None
+        ):  # weights that are not there, or another network's, are told before anything is trained
+            one.start.network(len(rows.clean.classes), rows.clean.image_size, seed=0)
     if rows.left_out and not arguments.worker:
         print(f"{rows.left_out} test rows are among the training rows and were left out")
     checkpoints = arguments.output / "checkpoints"

@@ -21,10 +21,11 @@ class FilterInversion(LearnedDefense):
     """A trainer who holds some clean pictures of every class beside their published ones, who supposes that a class was
     convolved with one filter and divided by its largest value, and who takes that back: the adaptive attack on CUDA.
 
-        w_i = argmin_w ||x'_i - w * x_i||^2 for every pair,  s_y = mean_i w_i / max(w_i),  M_y = median_i 1 / max(w_i)
-        x = M_y z,   z = argmin_z ||s_y * z - x'||^2 + strength ||z||^2  by conjugate gradients
+        w_i = argmin_w ||x'_i - w * x_i||^2 for every pair,  s_y = mean_i w_i / max(w_i)
+        z   = argmin_z ||s_y * z - x'||^2 + strength ||z||^2  by conjugate gradients,  x = z / largest(z)
 
-    A picture's own largest value M cannot be known from the published one; that of the pairs stands for it.
+    By what a picture was divided cannot be known from the published one: its own largest value (the 99.5th percentile)
+    becomes 1. Pairs whose clean picture is black tell nothing and are left out.
 
     Args:
         pairs: leaked pictures of every class; all there are, where a class has fewer.
@@ -33,8 +34,8 @@ class FilterInversion(LearnedDefense):
         iterations: of the conjugate gradients.
 
     Raises:
-        ValueError: numbers out of their range; not fitted; in `fit_pairs`: other rows, sizes or labels beside each
-            other, a class without a picture.
+        ValueError: numbers out of their range; not fitted; in `fit_pairs`: other numbers of rows, sizes or labels
+            beside each other, a class without a picture or with black ones alone.
 
     Source: METHODS_NEW P5, tier 3, and METHODS 25.7 (the least squares). Deviations: the papers give no inversion; its
     form, its regularisation and the number of iterations are ours.
@@ -75,17 +76,22 @@ class FilterInversion(LearnedDefense):
                 f"expected the clean rows behind the published ones, got {len(clean)} of {clean.image_size} pixels "
                 f"beside {len(published)} of {published.image_size}"
             )
+        if published.classes != clean.classes or not torch.equal(published.labels, clean.labels):
+            raise ValueError("expected the clean rows behind the published ones in their order, got other labels")
         k = self.kernel_size or (3 if min(published.image_size) < _SMALL else 9)
-        filters, peaks = [], []
+        filters = []
         order = stratified_order(published.labels.cpu(), len(published.classes), self.pairs, seed)
         for label, rows in enumerate(order):
             if not len(rows):
                 raise ValueError(f"expected pictures of every class, got none of class {published.classes[label]!r}")
             found = [filter_between(clean.pixels[row], published.pixels[row], k) for row in rows.tolist()]
-            largest = torch.stack([one.max() for one in found])
-            filters.append(torch.stack([one / one.max() for one in found]).mean(0))
-            peaks.append((1 / largest).median())
-        return self.having_learnt({"filters": torch.stack(filters).float(), "peaks": torch.stack(peaks).float()}, clean)
+            if not (telling := [one / one.max() for one in found if one.max() > 0]):
+                name = published.classes[label]
+                raise ValueError(
+                    f"class {name!r}: expected leaked pictures that are not black, got none in {len(rows)}"
+                )
+            filters.append(torch.stack(telling).mean(0))
+        return self.having_learnt({"filters": torch.stack(filters).float()}, clean)
 
     def alter(self, x: Images, y: Labels | None, draws: RandomNumbers) -> Images:
         known = self.known(x, y)
@@ -94,7 +100,8 @@ class FilterInversion(LearnedDefense):
         for label in y.unique().tolist():
             rows = (y == label).nonzero()[:, 0]
             inverse = deconvolved(x[rows], known["filters"][label], strength=self.strength, iterations=self.iterations)
-            found[rows] = known["peaks"][label] * inverse
+            largest = inverse.flatten(1).quantile(0.995, dim=1)[:, None, None, None]
+            found[rows] = inverse / largest.clamp_min(1 / 255)
         return found
 
 

@@ -3,6 +3,7 @@
 import dataclasses
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
+from functools import cache
 from pathlib import Path
 from typing import Any, Literal, get_args
 
@@ -64,16 +65,36 @@ class Pretrained:
         network.frozen_batch_norm = self.frozen_batch_norm
         if self.frozen_stages == "all":
             network.requires_grad_(False)
-            network.backbone.get_classifier().requires_grad_(True)
+            heads = network.backbone.get_classifier()
+            for head in heads if isinstance(heads, tuple) else (heads,):
+                head.requires_grad_(True)
         else:
             freeze_early(network, self.frozen_stages)
         return network
+
+    def words(self) -> str:
+        """For people: which weights, at which size, and what of them stays as it is."""
+        told = [
+            f"{self.backbone} from " + ("timm's weights" if self.file is None else f"weights {self._digest()[:12]}")
+        ]
+        told += [] if self.image_size is None else [f"at {self.image_size} px"]
+        told += [] if self.frozen_stages is None else [f"{self.frozen_stages} stages frozen"]
+        return ", ".join([*told, *(["BatchNorm frozen"] if self.frozen_batch_norm else [])])
+
+    def _digest(self) -> str:
+        assert self.file is not None
+        return _digest_once(self.file)
 
     def described(self) -> dict[str, Any]:
         """As plain data; of a file, the digest in place of its path."""
         values = dataclasses.asdict(self)
         del values["file"]
-        return {**values, "file_sha256": None if self.file is None else file_digest(Path(self.file))}
+        return {**values, "file_sha256": None if self.file is None else self._digest()}
+
+
+@cache
+def _digest_once(file: str) -> str:
+    return file_digest(Path(file))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -97,6 +118,14 @@ class Attacker:
     recipe: str | None = None
     changes: Mapping[str, Any] = field(default_factory=dict)
     start: Pretrained | None = None
+
+    def words(self) -> str | None:
+        """For people: how the victim differs from the suite's; None where it does not."""
+        told = [] if self.start is None else [self.start.words()]
+        told += [] if self.backbone is None else [self.backbone]
+        told += [] if self.recipe is None else [f"recipe {self.recipe}"]
+        told += [f"{name} {value}" for name, value in self.changes.items()]
+        return ", ".join(told) or None
 
     def described(self) -> dict[str, Any]:
         """As plain data; two attackers of one description do the same."""

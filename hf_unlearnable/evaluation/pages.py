@@ -6,7 +6,7 @@ import math
 from collections.abc import Sequence
 from typing import Any
 
-from hf_unlearnable.card import seen_at
+from hf_unlearnable.card import others, seen_at
 from hf_unlearnable.evaluation.findings import Cell, Spread, Verdict
 
 COLUMNS = ("last", "selected", "oracle")
@@ -62,7 +62,7 @@ def _sentence(setting: dict[str, Any]) -> str:
     return (
         f"{setting['dataset']}: {setting['train_rows']:,} training rows, {setting['validation_rows']:,} clean rows to "
         f"choose on, {setting['test_rows']:,} clean test rows{seen_at(setting)}. Victims: {setting['backbone']}, "
-        f"recipe {setting['recipe']} ({setting['epochs']}), training seeds {seeds}. {hardware}."
+        f"recipe {setting['recipe']} ({setting['epochs']}), training seeds {seeds}. {hardware}.{others(setting)}"
     )
 
 

@@ -153,6 +153,7 @@ def report(
         "recipe": suite.recipe,
         "epochs": _length(suite),
         "seeds": suite.seeds,
+        "attackers": {one.name: told for one in suite.attackers if (told := one.words()) is not None},
         "hardware": sorted({_machine(o.result.hardware) for o in done if o.result}),
     }
     output.mkdir(parents=True, exist_ok=True)
@@ -227,6 +228,8 @@ def _note(folder: Path, told: Verdict, found: Sequence[Cell], of: dict[str, Any]
 
         def outdone(other: dict[str, Any]) -> bool:
             alike = all(other["setting"].get(name) == entry["setting"].get(name) for name in same)
+            theirs, own = (one["setting"].get("attackers", {}) for one in (other, entry))
+            alike = alike and all(theirs.get(name) == own.get(name) for name in other["measured"] if name in theirs)
             return alike and set(other["measured"]) <= set(told.measured)
 
         record.results[:] = [*(one for one in record.results if not outdone(one)), entry]

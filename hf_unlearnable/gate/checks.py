@@ -8,7 +8,7 @@ from datasets import Dataset
 
 from hf_unlearnable.gate.finding import Finding
 from hf_unlearnable.gate.folder_checks import check_files, check_parquet
-from hf_unlearnable.gate.record_checks import check_key, read_record
+from hf_unlearnable.gate.record_checks import check_key, check_results, read_record
 from hf_unlearnable.gate.row_checks import check_rows
 from hf_unlearnable.record import Record
 
@@ -23,6 +23,7 @@ class Check(NamedTuple):
 
 CHECKS = (
     Check("record", "record.json is there, complete and of one mind"),
+    Check("results", "every evaluation in the record was measured on these pictures"),
     Check("key", "the record commits to a secret key and tells no seed (an int seed: --allow-guessable-key)"),
     Check("files", "the parquet files are those that were protected; no clean copy, cache, fingerprint or key beside"),
     Check("parquet", "columns and rows are those of the record; schema and pictures tell no fingerprint and no path"),
@@ -117,6 +118,7 @@ def _inspect(
     if folder.is_dir():
         found += check_files(folder, record)
     if record is not None:
+        found += check_results(record)
         found += check_key(record, allow_guessable_key=allow_guessable_key)
         problems, files = check_parquet({name: folder / name for name in sorted(record.published["files"])}, record)
         found += problems

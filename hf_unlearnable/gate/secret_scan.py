@@ -16,7 +16,8 @@ from hf_unlearnable.images import decode
 from hf_unlearnable.keys import Key, check_key
 
 LEAST_DIGITS = 6
-ROWS_AT_ONCE = 16
+ROWS_AT_ONCE, SMALL_ROWS_AT_ONCE = 16, 10_000
+"""With pictures, and of the other columns: a key may lie in the values of one column below each other."""
 _PIECE = 1 << 24
 _OVERLAP = 256
 _FRAMES = (b"IDAT", b"fdAT")
@@ -126,13 +127,16 @@ def _parts(path: Path, told: str) -> Iterator[tuple[str, bytes | mmap.mmap]]:
 def _parquet(path: Path) -> Iterator[bytes]:
     """Rows and schema, uncompressed. An unreadable rest cannot be looked through, and is an error of its own."""
     with pq.ParquetFile(path) as parquet:
-        batches = parquet.iter_batches(ROWS_AT_ONCE)
-        yield parquet.schema_arrow.serialize().to_pybytes()
-        for batch in batches:
-            sink = pa.BufferOutputStream()
-            with pa.ipc.new_stream(sink, batch.schema) as stream:
-                stream.write_batch(batch)
-            yield sink.getvalue().to_pybytes()
+        schema = parquet.schema_arrow
+        yield schema.serialize().to_pybytes()
+        large = [field.name for field in schema if pa.types.is_struct(field.type)]
+        small = [name for name in schema.names if name not in large]
+        for names, rows in ((small, SMALL_ROWS_AT_ONCE), (large, ROWS_AT_ONCE)):
+            for batch in parquet.iter_batches(rows, columns=names) if names else ():
+                sink = pa.BufferOutputStream()
+                with pa.ipc.new_stream(sink, batch.schema) as stream:
+                    stream.write_batch(batch)
+                yield sink.getvalue().to_pybytes()
 
 
 def _pictures(data: bytes | mmap.mmap) -> Iterator[bytes]:

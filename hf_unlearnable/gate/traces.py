@@ -8,11 +8,13 @@ _FOLDERS = (
     "home|Users|users|root|Volumes|media|mnt|private|tmp|data|scratch|export|work|workspace|content|kaggle|nfs|srv|var"
     "|opt|gpfs|lustre|beegfs|storage|project|projects|cluster|net"
 )
+_FILES = "jpe?g|png|webp|gif|bmp|tiff?|heic|cr2|nef|dng|raw|mp4|mov|avi|tar"
 _TRACES = {
     "a local path": re.compile(
         rf"(?<![\w.~/\\-])/(?:{_FOLDERS})/|(?<![\w/])~/\w|\b[A-Za-z]:(?:\\{{1,2}}|/(?!/))\w"
         r"|(?<![\w\\])\\\\\w+\\\w|\bfile://"
-        r"|(?<![\w.])\.\.?(?:/|\\{1,2})[\w.]|^[^\s:]+[/\\][^/\\\n:]+\.(?i:jpe?g|png|webp|gif|bmp|tiff?|heic|tar)$"
+        r"|(?<![\w.])(?:\.\./|\./|\.\.\\{1,2})[\w.]"
+        rf"|^(?![\w-]+\.[\w.-]*/)[^/\\:\n]+[/\\][^:\n]*\.(?i:{_FILES})$"
     ),
     "EXIF or GPS data": re.compile(
         r"\bGPS(?:Latitude|Longitude|Altitude|Info|Position)|\bDateTimeOriginal\b|\bMakerNote\b|\bExif\.\w+\."

@@ -20,7 +20,7 @@ from hf_unlearnable.digests import file_digest
 from hf_unlearnable.gate.checks import CHECKS
 from hf_unlearnable.gate.clean_checks import without_left_out
 from hf_unlearnable.gate.folder_checks import check_parquet
-from hf_unlearnable.gate.record_checks import check_key, disagreements, lacking
+from hf_unlearnable.gate.record_checks import check_key, check_results, disagreements, lacking
 from hf_unlearnable.gate.row_checks import check_rows
 from hf_unlearnable.images import Picture, decode_many
 from hf_unlearnable.keys import Key, commitment
@@ -98,6 +98,8 @@ def verify(
     done.append(Outcome("record", "passed", "complete, and of one mind"))
     wrong = "; ".join(finding.problem for finding in check_key(record, allow_guessable_key=True))
     done.append(_outcome("key", not wrong, "the record tells of it what it should", wrong))
+    wrong = "; ".join(finding.problem for finding in check_results(record))
+    done.append(_outcome("results", not wrong, "evaluations are of these pictures, or there are none", wrong))
     clean = None if clean is None else without_left_out(clean, record)
     paths, outcome = _files(files, record)
     done.append(outcome)
@@ -235,11 +237,13 @@ def _card(readme: str, record: Record, config: str) -> Outcome:
     """What the card says first, before its first section, is what the record's evaluations say."""
     top = (pages.part_of(readme, config) or "").partition("\n## ")[0]
     wanted = card.learned(record)
-    if wanted in top:
-        return Outcome("card", "passed", "it says of what a trainer still learns what the record says")
-    if sorted(_FIGURES.findall(top)) == sorted(_FIGURES.findall(wanted)):
-        return Outcome("card", "not checked", "it gives the figures of the record, in other words than this version's")
-    return Outcome("card", "failed", f"it does not say of what a trainer still learns what the record says: {wanted}")
+    figures, own = sorted(_FIGURES.findall(top)), sorted(_FIGURES.findall(wanted))
+    if wanted in top and figures == own:
+        return Outcome("card", "passed", "it says of what a trainer still learns what the record says, and no more")
+    if own and figures == own:
+        told = "it gives the figures of the record, but not this version's sentence about them: read it beside this one"
+        return Outcome("card", "not checked", f"{told}: {wanted}")
+    return Outcome("card", "failed", f"it does not begin with what the record says of what a trainer learns: {wanted}")
 
 
 def _rows(
@@ -252,7 +256,7 @@ def _rows(
     found += check_rows(readable, record, clean, progress=progress, batch_size=batch_size)
     beside = {"source", "unchanged", "budget", "measures"}
     done = []
-    for check in (check for check in CHECKS if check.name not in ("record", "key", "files")):
+    for check in (check for check in CHECKS if check.name not in ("record", "results", "key", "files")):
         problems = [finding.problem for finding in found if finding.check == check.name]
         if problems:
             done.append(Outcome(check.name, "failed", "; ".join(problems)))

@@ -58,9 +58,15 @@ def test_other_pictures_of_the_class_come_back(clean: Batches) -> None:
     assert likeness(back) > 0.9
 
 
-def test_pictures_that_nobody_blurred_stay_what_they_are(clean: Batches) -> None:
+def brightest(split: Batches) -> torch.Tensor:
+    """Every picture made as bright as the attack makes it."""
+    flat = split.pixels.flatten(1).float()
+    return (255 * flat / flat.quantile(0.995, dim=1, keepdim=True)).clamp(0, 255).view(split.pixels.shape)
+
+
+def test_pictures_that_nobody_blurred_stay_what_they_are_but_for_their_brightness(clean: Batches) -> None:
     back = FilterInversion().fit_pairs(clean, clean, seed=0).on(clean)
-    assert int((back.pixels.int() - clean.pixels.int()).abs().max()) <= 1
+    assert float((back.pixels.float() - brightest(clean)).abs().max()) <= 1.5
 
 
 def test_which_rows_leaked_is_a_matter_of_the_seed_and_others_are_not_looked_at(clean: Batches) -> None:
@@ -72,16 +78,33 @@ def test_which_rows_leaked_is_a_matter_of_the_seed_and_others_are_not_looked_at(
     unlike = []
     for row in range(len(clean)):
         kept = dark.pixels[row].clone()
-        dark.pixels[row] = 0
+        dark.pixels[row] = 255 - kept
         unlike.append(FilterInversion().fit_pairs(made, dark, seed=0) != one)
         dark.pixels[row] = kept
     assert sum(unlike) == len(clean.classes)
 
 
+def test_black_pictures_tell_nothing_and_are_left_out(clean: Batches) -> None:
+    made, dark = published(clean), clean.pixels.clone()
+    known = FilterInversion(pairs=10).fit_pairs(made, clean, seed=0)
+    rows = (clean.labels == 2).nonzero()[:, 0]
+    dark[rows[:-1]] = 0
+    black = Batches(pixels=dark, labels=clean.labels, classes=clean.classes)
+    some = FilterInversion(pairs=len(rows)).fit_pairs(made, black, seed=0)
+    assert known.tensors is not None
+    assert some.tensors is not None
+    assert torch.allclose(some.tensors["filters"][2], known.tensors["filters"][2], atol=0.02)
+    dark[rows] = 0
+    with pytest.raises(ValueError, match=f"class {clean.classes[2]!r}: expected leaked pictures that are not black"):
+        FilterInversion(pairs=3).fit_pairs(made, black, seed=0)
+
+
 def test_it_is_a_map_too(clean: Batches, small: Dataset) -> None:
     rows = Batches.load(small, progress=False)
     fitted = FilterInversion().fit_pairs(rows, rows, seed=0)
-    assert np.abs(pixels(small.map(fitted, batched=True)).astype(int) - pixels(small).astype(int)).max() <= 1
+    found = pixels(small.map(fitted, batched=True))
+    wanted = brightest(rows).permute(0, 2, 3, 1).numpy()
+    assert np.abs(found.astype(float) - wanted).max() <= 1.5
 
 
 def test_bad_input(clean: Batches) -> None:
@@ -95,5 +118,7 @@ def test_bad_input(clean: Batches) -> None:
     some = clean.select((clean.labels != 3).nonzero()[:, 0])
     with pytest.raises(ValueError, match=f"none of class {clean.classes[3]!r}"):
         FilterInversion().fit_pairs(some, some, seed=0)
+    with pytest.raises(ValueError, match="in their order, got other labels"):
+        FilterInversion().fit_pairs(clean, clean.select(torch.arange(len(clean)).roll(1)), seed=0)
     with pytest.raises(ValueError, match="has learnt nothing yet"):
         FilterInversion().on(clean)

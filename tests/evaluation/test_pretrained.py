@@ -1,16 +1,25 @@
 """Attackers that start from pretrained weights: what they train, and a whole evaluation with them."""
 
+import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 import torch.nn.functional as F
+from accelerate import Accelerator
 from safetensors.torch import save_file
 
+from hf_unlearnable.checkpoint import OtherRun
+from hf_unlearnable.defenses.erm import Erm
 from hf_unlearnable.evaluation.attackers import Attacker, Pretrained, pretrained
 from hf_unlearnable.evaluation.jobs import Outcome
-from hf_unlearnable.networks import create_network
+from hf_unlearnable.networks import Network, create_network
+from hf_unlearnable.recipes import recipe
+from hf_unlearnable.training import Unfinished
+from hf_unlearnable.victim import train
 from tests.evaluation.test_evaluate_script import call, fresh_state, place  # noqa: F401  (fixtures)
+from tests.test_plain_loops import coloured
 
 
 @pytest.fixture
@@ -74,13 +83,39 @@ def test_what_is_not_there_is_told(weights: Path) -> None:
     assert "start" not in Attacker(name="x").described(), "outcomes of before stay what they are"
 
 
+def test_a_training_does_not_go_on_at_another_size(weights: Path, tmp_path: Path) -> None:
+    def network(size: int | None) -> Network:
+        return Pretrained(backbone="test_resnet", file=str(weights), image_size=size).network(6, (16, 16), 0)
+
+    rows = coloured(96, 0)
+    how: dict[str, Any] = {"recipe": recipe("finetune", epochs=2), "defense": Erm(), "seed": 0, "progress": False}
+    how |= {"accelerator": Accelerator(cpu=True), "checkpoint": tmp_path / "c.safetensors"}
+    with pytest.raises(Unfinished):
+        train(network(48), rows, rows, max_minutes=0.0, **how)
+    with pytest.raises(OtherRun):
+        train(network(32), rows, rows, **how)
+
+
+def test_another_attacker_of_the_same_name_does_not_take_the_place_of_the_first(
+    place: Path,  # noqa: F811
+    weights: Path,
+) -> None:
+    other = create_network("test_resnet", num_classes=5, image_size=32, seed=10)
+    save_file(other.backbone.state_dict(), place / "other.safetensors")
+    for file in (weights, place / "other.safetensors"):
+        flags = ["--pretrained", f"test_resnet={file}", "--attackers", "last layer of test_resnet"]
+        assert call(place, *flags, "--output", str(place / file.stem), "--no-anchors") == 0
+    results = json.loads((place / "lsp" / "record.json").read_text())["results"]
+    assert len({result["setting"]["attackers"]["last layer of test_resnet"] for result in results}) == 2
+
+
 def test_an_evaluation_with_them(
     place: Path,  # noqa: F811
     weights: Path,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
     names = ["last layer of test_resnet", "fine-tuned test_resnet"]
-    flags = ["--pretrained", f"test_resnet={weights}", "--attackers", *names, "--no-note"]
+    flags = ["--pretrained", f"test_resnet={weights}", "--attackers", *names]
     assert call(place, *flags) == 0
     said = capsys.readouterr().out
     assert ", fine-tuned test_resnet, seed 0: " in said
@@ -92,6 +127,12 @@ def test_an_evaluation_with_them(
     assert (found.job["backbone"], found.job["recipe"]["name"]) == ("test_resnet", "finetune")
     assert found.result is not None
     assert found.result.backbone == "test_resnet"
+    setting = json.loads((place / "lsp" / "record.json").read_text())["results"][0]["setting"]
+    words = setting["attackers"]["last layer of test_resnet"]
+    assert words.startswith("test_resnet from weights ")
+    assert words.endswith(", all stages frozen, BatchNorm frozen, recipe finetune, learning_rate 0.001")
+    assert words in (place / "lsp" / "README.md").read_text()
+    assert words in (place / "eval" / "summary.md").read_text()
     with pytest.raises(SystemExit):
         call(place, "--attackers", "last layer of test_resnet")
     assert "has no attacker 'last layer of test_resnet'" in capsys.readouterr().err

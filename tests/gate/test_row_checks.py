@@ -171,6 +171,7 @@ def test_a_share_that_each_row_was_drawn_for(noise: Path) -> None:
         ("../cats/1", "a local path"),
         ("from ./cats", "a local path"),
         ("mia/IMG_0001.JPG", "a local path"),
+        ("Mia Smith/IMG_0001.CR2", "a local path"),
         (r"mia\cats.tar", "a local path"),
         ("GPSLatitude: 48.1", "EXIF or GPS data"),
         ("{'DateTimeOriginal': '2020:01:01'}", "EXIF or GPS data"),
@@ -184,7 +185,9 @@ def test_values_that_tell_of_a_person_or_machine(cuda: Path, text: str, what: st
     assert inspect(cuda, accept={"paths"}, progress=False) == []
 
 
-@pytest.mark.parametrize("text", ["cat.jpg", "cats and/or dogs", "https://example.org/a/cat.jpg", "well... /", "1/2."])
+@pytest.mark.parametrize(
+    "text", ["cat.jpg", "cats and/or dogs", "https://example.org/a/cat.jpg", "example.org/cat.jpg", "a .\\n b", "1/2."]
+)
 def test_values_that_tell_of_nobody(cuda: Path, text: str) -> None:
     rewrite(cuda, lambda rows: [rows[i].update(name=text) for i in (2, 8)])
     assert checks(cuda) == []

@@ -14,7 +14,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from hf_unlearnable.gate.secret_scan import holds_secret
+from hf_unlearnable.gate.secret_scan import ROWS_AT_ONCE, holds_secret
 from tests.gate.folders import SECRET
 from tests.gate.test_containers import saved, with_chunk
 
@@ -124,3 +124,10 @@ def test_what_cannot_be_looked_through_is_told(tmp_path: Path) -> None:
     (tmp_path / "a.parquet").write_bytes(b"PAR1 broken")
     (tmp_path / "b.png").write_bytes(saved("PNG")[:60])
     assert holds_secret(tmp_path, SECRET) == ["a.parquet: cannot be looked through (ArrowInvalid)"]
+
+
+def test_a_key_that_stands_in_a_column_below_each_other(tmp_path: Path) -> None:
+    table = pa.table({"n": pa.array(list(SECRET), pa.uint8()), "img": [{"bytes": b"x", "path": None}] * len(SECRET)})
+    assert len(SECRET) > ROWS_AT_ONCE
+    pq.write_table(table, tmp_path / "a.parquet", compression="zstd", use_dictionary=["n"])
+    assert holds_secret(tmp_path, SECRET) == ["a.parquet: raw bytes inside its rows or schema"]

@@ -422,7 +422,7 @@ def test_results_of_other_pictures_are_not_published(logged_in: Hub, folder: Pat
     record = Record.load(folder / "record.json")
     record.results[:] = [evaluation(0.49)]
     record.save(folder / "record.json")
-    with pytest.raises(checks.Refused, match="results, entry 0: measured on other pictures than these"):
+    with pytest.raises(checks.Refused, match="results: entry 0 was measured on other pictures than these"):
         send(folder)
 
 

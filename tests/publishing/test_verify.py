@@ -9,6 +9,7 @@ from datasets import Dataset, Image
 
 from hf_unlearnable import ArPoison, CudaPoison, OpsPoison, PilPoison, RandomNoisePoison, Surrogate
 from hf_unlearnable.batches import Batches
+from hf_unlearnable.card import local_page
 from hf_unlearnable.poisons.base import Poison
 from hf_unlearnable.protect import protect
 from hf_unlearnable.publishing import verify as verifying
@@ -68,10 +69,34 @@ def test_what_the_card_says_first_is_compared_with_the_record(logged_in: Hub, sm
         ("reaches 49.0 ± 1.2 %", "reaches 19.0 ± 1.2 %", "failed"),
         ("**A trainer still reaches", "**An attacker gets", "not checked"),
         ("**A trainer still reaches 49.0 ± 1.2 % on", "A trainer learns nothing", "failed"),
+        ("**A trainer still reaches", "No trainer reaches more than 12.0 %. **A trainer still reaches", "failed"),
     ):
         assert old in whole
         Repository(MINE).commit("other words", {"README.md": whole.replace(old, new)})
         assert states(verify(Repository(MINE), progress=False))["card"] == status, new
+
+
+def test_a_card_that_claims_what_was_not_measured(logged_in: Hub, small: Dataset, tmp_path: Path) -> None:
+    folder = made(small, CudaPoison(seed=SECRET), tmp_path / "out")
+    publish(folder, Repository(MINE), progress=False)
+    assert states(verify(Repository(MINE), progress=False))["card"] == "passed"
+    whole = Repository(MINE).text("README.md") or ""
+    start, stop = whole.index("**What a trainer still learns from it"), whole.index("## What this is")
+    Repository(MINE).commit("praise", {"README.md": f"{whole[:start]}No trainer learns anything.\n\n{whole[stop:]}"})
+    assert states(verify(Repository(MINE), progress=False))["card"] == "failed"
+    Repository(MINE).commit("praise", {"README.md": whole.replace("**What a", "10.0 % at most.\n\n**What a")})
+    assert states(verify(Repository(MINE), progress=False))["card"] == "failed"
+
+
+def test_records_of_before_results_named_their_pictures(small: Dataset, tmp_path: Path) -> None:
+    folder = made(small, CudaPoison(seed=SECRET), tmp_path / "out")
+    record = Record.load(folder / "record.json")
+    record.results[:] = [{k: v for k, v in evaluation(0.49).items() if k != "pixels_sha256"}]
+    record.save(folder / "record.json")
+    found = by_name(verify(folder, clean=small, key=SECRET, progress=False))
+    assert "does not tell of which pictures (an older version)" in found["results"].detail
+    assert found["owner"].status == "passed"
+    assert "reaches 49.0" in local_page(record)
 
 
 def test_an_unfinished_publication_and_a_missing_one(logged_in: Hub, small: Dataset, tmp_path: Path) -> None:
