@@ -16,8 +16,8 @@ weights, so a ratio may lie below its ideal. "tiny" is the network on a CPU, Res
 `augment` compares UEraser's augmentation of a batch with kornia's modules of the same settings, whole and in parts, and
 a training step of UEraser and of adversarial training with the steps of plain training that they consist of.
 
-`train` compares training steps of victims (plain, adversarial, UEraser) and of REM's and MMM's surrogates with loops
-as the papers' released code writes them: float32, a DataLoader, channels first, one copy after the other. With
+`train` compares training steps of victims (plain, adversarial, UEraser) and of REM's and MMM's surrogates (cut
+down on a CPU) with loops in the manner of the papers' released code: float32, a DataLoader, channels first. With
 `--seeds 0 1 2` whole victims are trained both ways too, and their test accuracies stand side by side.
 
     python scripts/benchmark.py train --dataset ../shared/data/cifar10 --seeds 0 1 2

@@ -1,7 +1,6 @@
-"""Trainings as the papers' released code writes them, to time ours against: float32, pictures through PIL and a
-`DataLoader` on the CPU, channels first, one copy of the batch after the other."""
+"""Trainings in the manner of the papers' released code, to time ours against: float32, channels first, pictures through
+PIL and a `DataLoader` on the CPU; surrogates take one copy of the batch after the other, each under one crop."""
 
-import itertools
 from collections.abc import Callable, Iterator
 from typing import cast
 
@@ -51,7 +50,7 @@ def loaded(rows: Batches, batch_size: int, device: str, *, padding: int | None =
 
 def on_device(loader: DataLoader, device: str) -> Iterator[tuple[Images, Labels]]:
     """Its batches without end."""
-    for _ in itertools.count():
+    while True:
         for x, y in loader:
             yield x.to(device), y.to(device)
 

@@ -80,8 +80,8 @@ class FilterInversion(LearnedDefense):
             raise ValueError("expected the clean rows behind the published ones in their order, got other labels")
         k = self.kernel_size or (3 if min(published.image_size) < _SMALL else 9)
         filters = []
-        order = stratified_order(published.labels.cpu(), len(published.classes), self.pairs, seed)
-        for label, rows in enumerate(order):
+        leaked = leaked_rows(published.labels.cpu(), len(published.classes), self.pairs, seed)
+        for label, rows in enumerate(leaked):
             if not len(rows):
                 raise ValueError(f"expected pictures of every class, got none of class {published.classes[label]!r}")
             found = [filter_between(clean.pixels[row], published.pixels[row], k) for row in rows.tolist()]
@@ -105,7 +105,7 @@ class FilterInversion(LearnedDefense):
         return found
 
 
-def stratified_order(labels: Labels, classes: int, pairs: int, seed: int) -> list[Tensor]:
+def leaked_rows(labels: Labels, classes: int, pairs: int, seed: int) -> list[Tensor]:
     """For every class, up to so many of its rows."""
     found = []
     for label in range(classes):
@@ -144,8 +144,7 @@ def deconvolved(x: Images, kernel: Float[Tensor, "k k"], *, strength: float, ite
 
 
 def correlated(x: Images, kernel: Float[Tensor, "k k"]) -> Images:
-    """Zero-padded cross-correlation of every plane, one multiply-add a weight: on a CPU several times faster than a
-    convolution of single channels."""
+    """Zero-padded cross-correlation of every plane: one multiply-add of the whole batch for each weight."""
     height, width, pad = *x.shape[2:], len(kernel) // 2
     padded, found = F.pad(x, (pad, pad, pad, pad)), torch.zeros_like(x)
     for row, weights in enumerate(kernel.tolist()):

@@ -39,7 +39,7 @@ class Pretrained:
     """Weights that a victim starts from.
 
     Args:
-        backbone: timm's name.
+        backbone: a short name or timm's, see `create_network`.
         file: a safetensors file with its weights; None for timm's from the Hub.
         image_size: side in pixels that pictures are stretched to inside the network; None: as they are.
         frozen_stages: see `networks.freeze_early`; "all" trains the last layer alone.
@@ -237,7 +237,7 @@ def _tier_2() -> tuple[Attacker, ...]:
 def adaptive() -> tuple[Attacker, ...]:
     """Trainers who know CUDA and its settings, and to whom one or ten clean pictures of every class leaked.
 
-    Source: METHODS_NEW part IV, P5, tier 3. Deviations: a hundred pairs tell no more than ten.
+    Source: METHODS_NEW part IV, P5, tier 3. Deviations: the hundred pairs there are left out.
     """
     return tuple(
         _attacker(f"{pairs} leaked {'pair' if pairs == 1 else 'pairs'} a class", FilterInversion(pairs=pairs))

@@ -1,5 +1,6 @@
 """The protocol: which trainings an evaluation needs, and what is written when some of them are done."""
 
+import json
 import os
 import re
 from collections.abc import Sequence
@@ -207,7 +208,11 @@ def tables(folder: Path) -> list[Cell]:
     (folder / "table.csv").write_text(pages.table(found))
     (folder / "matrix.md").write_text(pages.matrix(main) + "\n")
     if any(cell.selected for cell in main):
-        title = f"{max(result.train_rows for result in done):,} rows"
+        noted = folder / "setting.json"
+        setting = json.loads(noted.read_text()) if noted.exists() else {}
+        words = [str(setting[name]) for name in ("clean", "backbone") if name in setting]
+        words += [f"recipe {setting['recipe']}"] if "recipe" in setting else []
+        title = ", ".join([*words, f"{max(result.train_rows for result in done):,} rows"])
         pictures.heat_map(main, folder / "heat-map.png", title=title, chance=done[0].chance)
     return found
 

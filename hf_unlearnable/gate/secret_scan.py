@@ -16,8 +16,8 @@ from hf_unlearnable.images import decode
 from hf_unlearnable.keys import Key, check_key
 
 LEAST_DIGITS = 6
-ROWS_AT_ONCE, SMALL_ROWS_AT_ONCE = 16, 10_000
-"""With pictures, and of the other columns: a key may lie in the values of one column below each other."""
+ROWS_AT_ONCE, NUMBERS_AT_ONCE = 16, 10_000
+"""Of columns that may hold pictures, and of columns of numbers, where a key may stand in values below each other."""
 _PIECE = 1 << 24
 _OVERLAP = 256
 _FRAMES = (b"IDAT", b"fdAT")
@@ -129,9 +129,9 @@ def _parquet(path: Path) -> Iterator[bytes]:
     with pq.ParquetFile(path) as parquet:
         schema = parquet.schema_arrow
         yield schema.serialize().to_pybytes()
-        large = [field.name for field in schema if pa.types.is_struct(field.type)]
-        small = [name for name in schema.names if name not in large]
-        for names, rows in ((small, SMALL_ROWS_AT_ONCE), (large, ROWS_AT_ONCE)):
+        numbers = [field.name for field in schema if pa.types.is_primitive(field.type)]
+        others = [name for name in schema.names if name not in numbers]
+        for names, rows in ((numbers, NUMBERS_AT_ONCE), (others, ROWS_AT_ONCE)):
             for batch in parquet.iter_batches(rows, columns=names) if names else ():
                 sink = pa.BufferOutputStream()
                 with pa.ipc.new_stream(sink, batch.schema) as stream:

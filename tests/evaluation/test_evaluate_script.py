@@ -2,37 +2,17 @@
 
 import json
 import os
-import shutil
 import subprocess
 import sys
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-import torch
 from accelerate.state import AcceleratorState
-from datasets import DatasetDict
 
 from hf_unlearnable.record import Record
 from tests.conftest import ROOT, load_script
 
-
-@pytest.fixture(autouse=True)
-def fresh_state() -> Iterator[None]:
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
-    AcceleratorState._reset_state(reset_partial_state=True)
-
-
-@pytest.fixture
-def place(shapes: DatasetDict, protected_once: list[Path], tmp_path: Path) -> Path:
-    """A folder with a clean and a protected dataset."""
-    for split, rows in shapes.items():
-        rows.to_parquet(str(tmp_path / "shapes" / "data" / f"{split}-00000-of-00001.parquet"))
-    shutil.copytree(protected_once[0], tmp_path / "lsp")
-    return tmp_path
+pytestmark = pytest.mark.usefixtures("fresh_state")
 
 
 def command(place: Path, *more: str, protected: str | None = None) -> list[str]:

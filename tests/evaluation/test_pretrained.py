@@ -18,8 +18,10 @@ from hf_unlearnable.networks import Network, create_network
 from hf_unlearnable.recipes import recipe
 from hf_unlearnable.training import Unfinished
 from hf_unlearnable.victim import train
-from tests.evaluation.test_evaluate_script import call, fresh_state, place  # noqa: F401  (fixtures)
+from tests.evaluation.test_evaluate_script import call
 from tests.test_plain_loops import coloured
+
+pytestmark = pytest.mark.usefixtures("fresh_state")
 
 
 @pytest.fixture
@@ -97,7 +99,7 @@ def test_a_training_does_not_go_on_at_another_size(weights: Path, tmp_path: Path
 
 
 def test_another_attacker_of_the_same_name_does_not_take_the_place_of_the_first(
-    place: Path,  # noqa: F811
+    place: Path,
     weights: Path,
 ) -> None:
     other = create_network("test_resnet", num_classes=5, image_size=32, seed=10)
@@ -110,7 +112,7 @@ def test_another_attacker_of_the_same_name_does_not_take_the_place_of_the_first(
 
 
 def test_an_evaluation_with_them(
-    place: Path,  # noqa: F811
+    place: Path,
     weights: Path,
     capsys: pytest.CaptureFixture[str],
 ) -> None:

@@ -4,6 +4,7 @@ import os
 import time
 import warnings
 from collections.abc import Iterator
+from pathlib import Path
 from types import SimpleNamespace
 
 import datasets.config
@@ -14,6 +15,8 @@ from datasets import Dataset
 from huggingface_hub import HfFileSystem
 from huggingface_hub.utils import close_session
 
+from hf_unlearnable import CudaPoison
+from hf_unlearnable.protect import protect
 from tests.publishing.local_hub import Hub
 
 TOKENS = {"good": "owner", "other": "stranger"}
@@ -29,6 +32,7 @@ SLEEPERS = (
 
 
 ID = "owner/pictures"
+SECRET = bytes(range(32))
 
 
 def numbers(n: int = 4) -> Dataset:
@@ -114,3 +118,10 @@ def forget_connections() -> None:
     """File systems remember what was in a repository, and ports are given out again."""
     HfFileSystem.clear_instance_cache()
     close_session()
+
+
+@pytest.fixture
+def folder(small: Dataset, tmp_path: Path) -> Path:
+    """A protected folder under the secret key."""
+    protect(small, CudaPoison(seed=SECRET), tmp_path / "out", source="somebody/small", progress=False)
+    return tmp_path / "out"
