@@ -49,7 +49,8 @@ def benchmark_train(rows: Batches, name: str, rounds: int, quick: bool) -> dict[
     few = rows.select(torch.arange(min(64, len(rows))))
     result: dict[str, Any] = {
         "data": name,
-        "network": f"{backbone} on {hardware(accelerator)['device']}, {accelerator.mixed_precision} against float32",
+        "network": f"{backbone} on {hardware(accelerator)['device']}",
+        "precision": f"ours {accelerator.mixed_precision.replace('no', 'float32')}, plain loop float32",
         "batch": batch,
     }
     found: dict[str, Any] = {}
