@@ -22,13 +22,12 @@ from hf_unlearnable.checkpoint import Interrupts, load_checkpoint, save_checkpoi
 from hf_unlearnable.environment import keep_freed_memory
 from hf_unlearnable.images import Images, Labels
 from hf_unlearnable.keys import Key, torch_generator
-from hf_unlearnable.networks import Network, create_network, frozen
+from hf_unlearnable.networks import Network, create_network, frozen, placed
 from hf_unlearnable.recipes import Recipe
 from hf_unlearnable.training import (
     Unfinished,
     as_input,
     average_over_processes,
-    memory_format,
     own_randomness,
     seed_layers,
     standard_augmentation,
@@ -67,7 +66,7 @@ class Setup:
             image_size=self.train.image_size,
             seed=seed,
         )
-        return network.to(device=self.device, memory_format=memory_format(self.device))  # type: ignore[call-overload]
+        return placed(network, self.device)
 
     def sgd(self, model: nn.Module) -> torch.optim.SGD:
         """The recipe's optimiser.

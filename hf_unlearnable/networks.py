@@ -7,7 +7,7 @@ import contextlib
 import difflib
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import timm
 import torch
@@ -18,6 +18,8 @@ from timm.models import group_parameters
 from torch import Tensor, nn
 
 import hf_unlearnable.architectures  # noqa: F401  (registers the small-picture networks with timm)
+
+M = TypeVar("M", bound=nn.Module)
 
 SMALL = 64
 
@@ -222,6 +224,16 @@ def freeze_early(network: Network, stages: int | None) -> None:
     for number in range(stages + 1):
         for parameter in groups[number]:
             parameter.requires_grad_(False)
+
+
+def memory_format(device: torch.device) -> torch.memory_format:
+    """The layout that convolutions are fastest in."""
+    return torch.contiguous_format if device.type == "mps" else torch.channels_last
+
+
+def placed(module: M, device: str | torch.device) -> M:
+    """The module itself, moved to a device in the layout that convolutions are fastest in there."""
+    return module.to(device=device, memory_format=memory_format(torch.device(device)))  # type: ignore[call-overload]
 
 
 def _timm_name(backbone: str, small: bool) -> str:

@@ -15,7 +15,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from hf_unlearnable.checkpoint import tensors_digest
-from hf_unlearnable.networks import Network, create_network
+from hf_unlearnable.networks import Network, create_network, placed
 
 SCHEMA = 1
 FILE = "surrogate.safetensors"
@@ -88,7 +88,7 @@ class Surrogate:
             before = f"{name}."
             own = {key[len(before) :]: value for key, value in self.tensors.items() if key.startswith(before)}
             network.load_state_dict(own)
-            kept[place] = network.to(device).eval().requires_grad_(False)
+            kept[place] = placed(network, device).eval().requires_grad_(False)
         return kept[place]
 
     def secret(self) -> bytes:

@@ -13,6 +13,7 @@ from hf_unlearnable.augment import Augmentation, CropFlip, ResizedCropFlip, Shif
 from hf_unlearnable.batches import Batch, Batches
 from hf_unlearnable.images import Images, Pixels, to_float
 from hf_unlearnable.keys import Key, torch_generator
+from hf_unlearnable.networks import memory_format
 from hf_unlearnable.recipes import Recipe
 
 
@@ -56,11 +57,6 @@ def augmented(
         return x
     draws = augmentation.draw(batch.size, generator=torch_generator(seed, "augment", step))
     return augmentation.apply(x, take(draws, batch.part))
-
-
-def memory_format(device: torch.device) -> torch.memory_format:
-    """The layout that convolutions are fastest in."""
-    return torch.contiguous_format if device.type == "mps" else torch.channels_last
 
 
 def as_input(pixels: Pixels | Images) -> Images:

@@ -33,7 +33,7 @@ from hf_unlearnable.defenses.base import BeforeCrop, Defense, Predicts, describe
 from hf_unlearnable.environment import hardware, keep_freed_memory, versions
 from hf_unlearnable.images import Labels, to_float
 from hf_unlearnable.keys import torch_generator
-from hf_unlearnable.networks import Network, frozen
+from hf_unlearnable.networks import Network, frozen, placed
 from hf_unlearnable.recipes import Recipe
 from hf_unlearnable.result import Result, Tally
 from hf_unlearnable.training import (
@@ -41,7 +41,6 @@ from hf_unlearnable.training import (
     as_input,
     augmented,
     average_over_processes,
-    memory_format,
     own_randomness,
     restored_modes,
     seed_layers,
@@ -127,7 +126,7 @@ def train(
         training, held_out, validation_fraction = train, validation.relabel(train.classes).to(device), 0.0
     per_epoch = training.steps(recipe.batch_size, drop_last=recipe.drop_last)
     total = recipe.total_steps(per_epoch)
-    model.to(device=device, memory_format=memory_format(device))  # type: ignore[call-overload]
+    placed(model, device)
     if max_minutes is not None and checkpoint is None:
         raise ValueError("max_minutes needs a checkpoint to go on from")
     if evaluate_every < 1:

@@ -32,7 +32,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "demo": {"keys"},
     "sources": {"demo"},
     "environment": set(),
-    "training": {"augment", "batches", "images", "keys", "recipes"},
+    "training": {"augment", "batches", "images", "keys", "networks", "recipes"},
     "surrogate": {"checkpoint", "networks", "environment"},
     "fitting": {"surrogate"} | L0 | L1,
     "poisons": {"poisons", "surrogate", "fitting"} | L0 | L1,

@@ -16,12 +16,12 @@ from hf_unlearnable.draws import Draws
 from hf_unlearnable.fitting import Fit, Setup
 from hf_unlearnable.images import Images, Labels
 from hf_unlearnable.keys import torch_generator
-from hf_unlearnable.networks import Network, create_network, frozen
+from hf_unlearnable.networks import Network, create_network, frozen, placed
 from hf_unlearnable.poisons.generators import ResidualGenerator, seeded
 from hf_unlearnable.poisons.with_surrogate import SurrogatePoison, settled
 from hf_unlearnable.recipes import Recipe
 from hf_unlearnable.surrogate import Surrogate
-from hf_unlearnable.training import as_input, memory_format, stream
+from hf_unlearnable.training import as_input, stream
 
 PIXELS = 2**22
 """Pixels, over all pictures as the feature network sees them, in one pass without gradients."""
@@ -109,8 +109,7 @@ class ClustersPoison(SurrogatePoison):
             seed=torch_generator(setup.seed, "weights", "features").initial_seed(),
             pretrained=self.pretrained if self.weights is None else self.weights,
         )
-        layout = memory_format(setup.device)
-        return ClustersFit(setup, self, network.to(device=setup.device, memory_format=layout))  # type: ignore[call-overload]
+        return ClustersFit(setup, self, placed(network, setup.device))
 
 
 class ClustersFit(Fit):
@@ -121,7 +120,7 @@ class ClustersFit(Fit):
         recipe, rows = replace(setup.recipe, drop_last=False), len(setup.train)
         self.kmeans, self.poison, self.recipe = _kmeans(), poison, recipe
         self.epsilon = Budget("linf", poison.epsilon).whole().epsilon
-        generator = self.generator_of(0).to(device=setup.device, memory_format=memory_format(setup.device))  # type: ignore[call-overload]
+        generator = placed(self.generator_of(0), setup.device)
         self.modules = {"features": network, "generator": generator}
         weights = generator.parameters()
         self.optimizers = {"generator": torch.optim.Adam(weights, weight_decay=recipe.weight_decay)}

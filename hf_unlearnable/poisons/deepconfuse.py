@@ -15,12 +15,12 @@ from hf_unlearnable.draws import Draws
 from hf_unlearnable.fitting import Fit, Setup
 from hf_unlearnable.images import Images, Labels
 from hf_unlearnable.keys import torch_generator
-from hf_unlearnable.networks import Network, frozen
+from hf_unlearnable.networks import Network, frozen, placed
 from hf_unlearnable.poisons.generators import UNet, seeded
 from hf_unlearnable.poisons.with_surrogate import SurrogatePoison, settled
 from hf_unlearnable.recipes import Recipe
 from hf_unlearnable.surrogate import Surrogate
-from hf_unlearnable.training import as_input, memory_format
+from hf_unlearnable.training import as_input
 
 PIXELS = 2**17
 """Pixels, over all pictures, in one pass through the generator when pictures are mapped."""
@@ -118,8 +118,7 @@ class DeepConfuseFit(Fit):
         self.passes = 11.0  # counted in multiplications, for VGG-11 and a width of 64
         seed = torch_generator(setup.seed, "weights", "generator").initial_seed()
         generators = [seeded(lambda: UNet(poison.generator_width), seed) for _ in range(2)]
-        layout = memory_format(setup.device)
-        generator, before = (one.to(device=setup.device, memory_format=layout) for one in generators)  # type: ignore[call-overload]
+        generator, before = (placed(one, setup.device) for one in generators)
         network = Bottleneck.of(setup, 0)
         self.modules = {"network": network, "generator": generator, "generator before": before}
         self.optimizers = {"network": setup.sgd(network), "generator": torch.optim.Adam(generator.parameters())}
@@ -198,5 +197,5 @@ def _generator(surrogate: Surrogate, device: torch.device) -> nn.Module:
         own = {name[len(before) :]: tensor for name, tensor in surrogate.tensors.items() if name.startswith(before)}
         generator.load_state_dict(own)
         generator.eval().requires_grad_(False)
-        kept[str(device)] = generator.to(device=device, memory_format=memory_format(device))  # type: ignore[call-overload]
+        kept[str(device)] = placed(generator, device)
     return kept[str(device)]

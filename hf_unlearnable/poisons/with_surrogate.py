@@ -19,6 +19,7 @@ from hf_unlearnable.keys import Key, cache_tag, check_key, commitment, subkey
 from hf_unlearnable.poisons.base import Poison
 from hf_unlearnable.recipes import Recipe
 from hf_unlearnable.surrogate import Surrogate
+from hf_unlearnable.training import as_input
 
 P = TypeVar("P", bound="SurrogatePoison")
 
@@ -74,7 +75,7 @@ class SurrogatePoison(Poison):
         raise TypeError(f"{type(self).__name__} does not say how its surrogate is trained")
 
     def craft(self, x: Images, y: Labels | None, draws: Draws, surrogate: Surrogate) -> Images:
-        """The batch generator, with the surrogate at hand."""
+        """The batch generator, with the surrogate at hand; x lies in memory as its networks like best."""
         raise TypeError(f"{type(self).__name__} does not say how it perturbs")
 
     # Final.
@@ -224,7 +225,7 @@ class SurrogatePoison(Poison):
             )
         if self.uses_labels and y is None:
             raise ValueError("expected labels, got none")
-        return self.craft(x, y, draws, known)
+        return self.craft(as_input(x), y, draws, known).contiguous()
 
     def own_settings(self) -> dict[str, Any]:
         """The hyper-parameters of the method alone, as JSON values."""

@@ -170,6 +170,22 @@ def test_the_noise_lowers_the_loss_of_the_surrogate(surrogate: Surrogate, batche
     assert (after < before).float().mean() > 0.9
 
 
+def test_the_surrogate_sees_the_layout_that_its_convolutions_are_fastest_in(
+    surrogate: Surrogate, batches: Batches
+) -> None:
+    poison = poison_of(surrogate)
+    seen: list[bool] = []
+    first = next(module for module in surrogate.network().modules() if isinstance(module, nn.Conv2d))
+    hook = first.register_forward_pre_hook(
+        lambda _, given: seen.append(given[0].is_contiguous(memory_format=torch.channels_last))
+    )
+    made = poison.change(batches.pixels[:4], batches.labels[:4], ["row"] * 4)
+    hook.remove()
+    assert seen
+    assert all(seen)
+    assert made.is_contiguous()
+
+
 def test_published_pixels_keep_the_budget_exactly(surrogate: Surrogate, batches: Batches) -> None:
     source = make_dataset(noise_pictures(40), (torch.arange(40) % 4).tolist())
     before = pixels(source).astype(int)
