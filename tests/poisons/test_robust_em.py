@@ -170,13 +170,13 @@ def test_the_noise_lowers_the_loss_of_the_surrogate(surrogate: Surrogate, batche
     assert (after < before).float().mean() > 0.9
 
 
-def test_the_surrogate_sees_the_layout_that_its_convolutions_are_fastest_in(
+def test_the_surrogate_runs_in_the_layout_that_its_convolutions_are_fastest_in(
     surrogate: Surrogate, batches: Batches
 ) -> None:
     poison = poison_of(surrogate)
     seen: list[bool] = []
-    first = next(module for module in surrogate.network().modules() if isinstance(module, nn.Conv2d))
-    hook = first.register_forward_pre_hook(
+    last = [module for module in surrogate.network().modules() if isinstance(module, nn.Conv2d)][-1]
+    hook = last.register_forward_pre_hook(
         lambda _, given: seen.append(given[0].is_contiguous(memory_format=torch.channels_last))
     )
     made = poison.change(batches.pixels[:4], batches.labels[:4], ["row"] * 4)
