@@ -66,12 +66,6 @@ def digest(pixels: UInt8[Tensor, "3 h w"]) -> bytes:
     return state.digest()
 
 
-def picture_digest(picture: Picture) -> bytes:
-    """What identifies all of a picture, its transparency included."""
-    alpha = picture.alpha
-    return digest(picture.pixels) + (b"" if alpha is None else digest(alpha.expand(3, *alpha.shape)))
-
-
 def in_worker_process() -> bool:
     """Whether this is a forked or spawned worker (or Ray's), where threads of its own would compete, or hang torch."""
     return os.getpid() != _IN_PARENT or multiprocess.process.parent_process() is not None or _in_ray_worker()
@@ -136,6 +130,7 @@ def _operator(name: str) -> Callable[..., Tensor] | None:
 
 
 _decode_jpeg = _operator("decode_jpeg")
+_decode_png = _operator("decode_png")
 _encode_png = _operator("encode_png")
 
 
@@ -183,7 +178,7 @@ def _encode_png_bytes(pixels: Tensor, compress_level: int) -> bytes | None:
 def _decode_plain(data: bytes) -> Tensor | None:
     """The faster decoder, for JPEGs of three channels that no EXIF or XMP rotates; None for everything else.
 
-    Not for PNG: torchvision's decoder ends the process on some damaged files.
+    Not for PNGs from elsewhere: torchvision's decoder ends the process on some damaged files.
     """
     if data[:3] != b"\xff\xd8\xff" or b"Exif\0\0" in data or b"Orientation" in data or not _jpeg_decoders_agree():
         return None
@@ -314,7 +309,43 @@ def encode(picture: Picture, *, image_format: ImageFormat = "png", compress_leve
 
 
 def encode_many(
-    pictures: Sequence[Picture], *, image_format: ImageFormat = "png", compress_level: int = 1
+    pictures: Sequence[Picture],
+    *,
+    image_format: ImageFormat = "png",
+    compress_level: int = 1,
+    where: Sequence[str] | None = None,
 ) -> list[bytes]:
-    """`encode` for many pictures, in threads."""
-    return _threaded(lambda p: encode(p, image_format=image_format, compress_level=compress_level), pictures)
+    """`encode` for many pictures, in threads.
+
+    Args:
+        where: what each picture is called in errors; with it, what was made is decoded again and compared.
+
+    Raises:
+        ValueError: what was made does not hold the picture; begins with its `where`.
+    """
+    how: dict[str, Any] = {"image_format": image_format, "compress_level": compress_level}
+    if where is None:
+        return _threaded(lambda picture: encode(picture, **how), pictures)
+
+    def checked(item: tuple[Picture, str]) -> bytes:
+        picture, at = item
+        data = encode(picture, **how)
+        if not _holds(data, picture, at):
+            raise ValueError(f"{at}: the stored picture is not the one that was made")
+        return data
+
+    return _threaded(checked, list(zip(pictures, where, strict=True)))
+
+
+def _holds(data: bytes, picture: Picture, where: str) -> bool:
+    """Whether bytes that were just made decode to the picture."""
+    if _decode_png is not None and picture.alpha is None and data[:4] == b"\x89PNG":
+        try:
+            if torch.equal(_decode_png(torch.frombuffer(bytearray(data), dtype=torch.uint8)), picture.pixels):
+                return True
+        except (RuntimeError, TypeError):
+            pass
+    read = decode(data, where=f"{where}, read back")
+    if (read.alpha is None) != (picture.alpha is None) or not torch.equal(read.pixels, picture.pixels):
+        return False
+    return read.alpha is None or picture.alpha is None or torch.equal(read.alpha, picture.alpha)

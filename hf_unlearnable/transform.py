@@ -13,6 +13,7 @@ import torch
 from datasets import Dataset, DatasetDict, Image, IterableDataset
 
 from hf_unlearnable import columns
+from hf_unlearnable.environment import keep_freed_memory
 from hf_unlearnable.images import (
     ImageFormat,
     Labels,
@@ -22,12 +23,11 @@ from hf_unlearnable.images import (
     encode,
     encode_many,
     one_thread_in_workers,
-    picture_digest,
     to_pil,
 )
 
 D = TypeVar("D", Dataset, DatasetDict, IterableDataset)
-_CHECK_COLUMN = "__stored_digest__"
+_CHECK_COLUMN = "__stored_sha256__"
 VALUES_AT_ONCE = {"cpu": 1_000_000}
 """Values of pictures that are changed together: on a CPU as many as its caches hold, on an accelerator many more."""
 
@@ -230,7 +230,7 @@ class Transform:
         *,
         indices: Sequence[int] | None = None,
         chosen: np.ndarray | None = None,
-        with_digest: bool = False,
+        read_back: bool = False,
         as_pictures: bool = False,
         classes: int | None = None,
     ) -> dict[str, Any]:
@@ -266,15 +266,14 @@ class Transform:
         if as_pictures or (type(example) is dict and values and not isinstance(values[0], dict | bytes)):
             stored: list[Any] = [to_pil(picture) for picture in changed]
         elif is_batch:
-            stored = encode_many(changed, image_format=self.image_format, compress_level=self.compress_level)
+            how: dict[str, Any] = {"image_format": self.image_format, "compress_level": self.compress_level}
+            stored = encode_many(changed, where=where if read_back else None, **how)
         else:
             stored = [encode(changed[0], image_format=self.image_format, compress_level=self.compress_level)]
         stored = [{"bytes": value, "path": None} if isinstance(value, bytes) else value for value in stored]
         result: dict[str, Any] = {image: stored if is_batch else stored[0]}
         if _from_ray(example, image):
             result = {**example, image: _objects(stored) if is_batch else stored[0]}
-        if with_digest:
-            result[_CHECK_COLUMN] = [picture_digest(picture) for picture in changed]
         return result
 
     def change_pictures(
@@ -285,9 +284,14 @@ class Transform:
         Args:
             where: what each row is called in errors.
         """
+        if torch.device(self.device).type == "cpu":
+            keep_freed_memory()
         changed = list(pictures)
         sizes: dict[torch.Size, list[int]] = {}
-        for row in np.flatnonzero(mask).tolist():
+        rows_to_change = np.flatnonzero(mask)
+        if labels is not None:  # rows of a class beside each other
+            rows_to_change = rows_to_change[np.argsort(np.asarray(labels)[rows_to_change], kind="stable")]
+        for row in rows_to_change.tolist():
             sizes.setdefault(pictures[row].pixels.shape, []).append(row)
         for rows in _bounded(sizes, VALUES_AT_ONCE.get(torch.device(self.device).type, 100_000_000)):
             pixels = torch.stack([pictures[row].pixels for row in rows]).to(self.device)
@@ -336,30 +340,29 @@ class _Indexed:
     def __call__(self, batch: Mapping[str, Any], indices: Sequence[int]) -> dict[str, Any]:
         narrow = {name: batch[name] for name in (self.image, self.label) if name is not None}
         chosen = None if self.chosen is None else self.chosen[np.asarray(indices)]
-        return self.transform._on_example(
+        changed = self.transform._on_example(
             narrow,
             indices=indices,
             chosen=chosen,
-            with_digest=not self.stream,
+            read_back=not self.stream,
             as_pictures=self.stream,
             classes=self.classes,
         )
+        if not self.stream:
+            changed[_CHECK_COLUMN] = [hashlib.sha256(value["bytes"]).digest() for value in changed[self.image]]
+        return changed
 
 
 @dataclass(frozen=True)
 class _ReadBack:
-    """Decodes what was stored and compares it with what was meant."""
+    """Compares the bytes that were stored with those that were made, and found to hold their pictures."""
 
     image: str
 
     def __call__(self, batch: Mapping[str, Any], indices: Sequence[int]) -> None:
-        one_thread_in_workers()
-        where = [f"row {i}, read back" for i in indices]
-        for picture, expected, at in zip(
-            decode_many(batch[self.image], where=where), batch[_CHECK_COLUMN], where, strict=True
-        ):
-            if picture_digest(picture) != expected:
-                raise ValueError(f"{at}: the stored picture is not the one that was made")
+        for value, expected, row in zip(batch[self.image], batch[_CHECK_COLUMN], indices, strict=True):
+            if hashlib.sha256(value["bytes"]).digest() != expected:
+                raise ValueError(f"row {row}, read back: the stored picture is not the one that was made")
 
 
 def _hash_by_cache_state(cls: type[Transform]) -> None:

@@ -20,7 +20,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "architectures": set(),
     "networks": {"architectures"},
     "budget": {"images"},
-    "transform": {"images", "columns"},
+    "transform": {"images", "columns", "environment"},
     "draws": {"images", "keys"},
     "policies": {"augment", "images", "plasma"},
     "plasma": {"augment", "images"},

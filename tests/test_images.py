@@ -245,6 +245,37 @@ def test_many_keeps_order_and_names_the_row() -> None:
         images.decode_many(data)
 
 
+@pytest.mark.parametrize("image_format", ["png", "webp"])
+@pytest.mark.parametrize("alpha", [False, True])
+def test_what_was_encoded_is_read_back_where_rows_are_named(
+    image_format: images.ImageFormat, alpha: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pixels = torch.from_numpy(noise_pictures(12, 9, 11)).permute(0, 3, 1, 2).contiguous()
+    mask = torch.arange(99).view(9, 11).to(torch.uint8) if alpha else None
+    pictures = [images.Picture(one, mask) for one in pixels]
+    names = [f"row {i}" for i in range(12)]
+    plain = images.encode_many(pictures, image_format=image_format)
+    assert images.encode_many(pictures, image_format=image_format, where=names) == plain
+    encode = images.encode
+
+    def encoder_that_changes(what: str):
+        def changed(picture: images.Picture, **how) -> bytes:
+            wrong, alpha = picture.pixels.clone(), picture.alpha
+            if torch.equal(picture.pixels, pixels[10]):
+                if what == "pixels":
+                    wrong[2, 8, 10] ^= 1
+                else:
+                    alpha = torch.full((9, 11), 7, dtype=torch.uint8) if alpha is None or what == "alpha" else None
+            return encode(images.Picture(wrong, alpha), **how)
+
+        return changed
+
+    for what in ("pixels", "alpha", "transparency"):
+        monkeypatch.setattr(images, "encode", encoder_that_changes(what))
+        with pytest.raises(ValueError, match="^row 10: the stored picture is not the one that was made"):
+            images.encode_many(pictures, image_format=image_format, where=names)
+
+
 def test_the_parent_is_no_worker() -> None:
     assert not images.in_worker_process()
     assert os.getpid() == images._IN_PARENT

@@ -16,7 +16,7 @@ from hf_unlearnable.keys import Key, numpy_generator
 from hf_unlearnable.poisons.base import Poison
 
 _SMALL = 96
-_BLOCK = 8
+_BLOCK, _ROWS = 8, 2
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -90,9 +90,10 @@ class CudaPoison(Poison):
         poisoned = torch.empty_like(x)
         for label in which.unique().tolist():
             rows = (which == label).nonzero().flatten()
-            blurred = _correlate(x.index_select(0, rows), weights[label])
-            largest = blurred.amax(dim=(1, 2, 3), keepdim=True).clamp_min_(1)
-            poisoned.index_copy_(0, rows, blurred / largest)
+            first, last = int(rows[0]), int(rows[-1])
+            part = slice(first, last + 1) if last - first < len(rows) else rows  # a slice is not copied
+            blurred = _correlate(x[part], weights[label])
+            poisoned[part] = blurred / blurred.amax(dim=(1, 2, 3), keepdim=True).clamp_min_(1)
         return poisoned
 
 
@@ -151,21 +152,24 @@ def _correlate_by_shifts(x: Images, kernel: Float[Tensor, "k k"]) -> Images:
 
 
 def _correlate_by_blocks(x: Images, kernel: Float[Tensor, "k k"]) -> Images:
-    """Blocks of neighbouring columns become channels: one dense convolution, several times faster than a depthwise one.
+    """Blocks of neighbouring pixels become channels: one dense convolution, many times faster than a depthwise one.
 
-    A block of `size` outputs needs the inputs of its own block and the next (the picture is shifted by the padding).
-    Rows cut into blocks are channels-last as they lie in memory, so nothing is copied around.
+    It makes blocks of _ROWS x `size` outputs out of columns in blocks of `size`, of which a block of outputs needs its
+    own and the next (the picture is shifted by the padding). Rows cut into blocks are channels-last as they lie in
+    memory, so that inputs are not copied around.
     """
     k = len(kernel)
     count, _, height, width = x.shape
     size = max(_BLOCK, -(-(k - 1) // _BLOCK) * _BLOCK)
-    blocks = -(-width // size) + 1
-    dense = x.new_zeros(size, size, k, 2)
-    for output in range(size):
-        for column in range(k):
-            block, channel = divmod(output + column, size)
-            dense[output, channel, :, block] = kernel[:, column]
-    padded = F.pad(x.mul(255).round_(), (k // 2, blocks * size - width - k // 2, k // 2, k // 2))
-    columns = padded.view(count * 3, height + k - 1, blocks, size).permute(0, 3, 1, 2)
-    total = F.conv2d(columns, dense.to(memory_format=torch.channels_last)).permute(0, 2, 3, 1)
-    return total.reshape(count, 3, height, -1)[..., :width]
+    across, down, tall = -(-width // size), -(-height // _ROWS), _ROWS + k - 1
+    dense = x.new_zeros(_ROWS, size, tall, 2 * size)
+    row, one = dense.stride(2), dense.stride(1)
+    shifted = dense.as_strided((_ROWS, size, k, k), (size * one + row, one + 1, row, 1))  # [r, c] is [r, c, r:, c:]
+    shifted.copy_(kernel)
+    dense = dense.view(_ROWS * size, tall, 2, size).permute(0, 3, 1, 2)
+    padded = x.new_zeros(count, 3, down * _ROWS + k - 1, (across + 1) * size)
+    torch.mul(x, 255, out=padded[:, :, k // 2 : k // 2 + height, k // 2 : k // 2 + width])
+    blocks = padded.round_().view(count * 3, -1, across + 1, size).permute(0, 3, 1, 2)
+    total = F.conv2d(blocks, dense, stride=(_ROWS, 1)).permute(0, 2, 3, 1)
+    pixels = total.reshape(count, 3, down, across, _ROWS, size).transpose(3, 4)
+    return pixels.reshape(count, 3, down * _ROWS, across * size)[:, :, :height, :width]
