@@ -140,8 +140,8 @@ def _correlate_by_shifts(x: Images, kernel: Float[Tensor, "k k"]) -> Images:
     size = count * 3 * (height + pad) * stride
     vector = x.new_zeros(size + 2 * margin)
     grid = vector[margin : margin + size].view(count, 3, height + pad, stride)
-    grid[:, :, pad:, :width] = x
-    vector.mul_(255).round_()
+    torch.mul(x, 255, out=grid[:, :, pad:, :width])
+    vector.round_()
     weights = kernel.flatten().tolist()
     total = vector[:size] * weights[0]
     for place, weight in enumerate(weights[1:], start=1):
