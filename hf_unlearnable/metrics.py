@@ -3,7 +3,6 @@
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from functools import lru_cache
 from typing import Any
 
 import numpy as np
@@ -25,7 +24,10 @@ def psnr(clean: Pixels, poisoned: Pixels) -> Float[Tensor, "b"]:
 
     Source: METHODS_NEW N40. Deviations: none.
     """
-    error = (poisoned.double() - clean.double()).square().flatten(1).mean(1)
+    return _psnr((poisoned.double() - clean.double()).square().flatten(1).mean(1))
+
+
+def _psnr(error: Float[Tensor, "b"]) -> Float[Tensor, "b"]:
     return (10 * torch.log10(255.0**2 / error)).clamp_max(PSNR_CAP)
 
 
@@ -52,18 +54,17 @@ def ssim(clean: Pixels, poisoned: Pixels) -> Float[Tensor, "b"]:
 
 
 def _smooth(x: Float[Tensor, "b c h w"]) -> Float[Tensor, "b c h2 w2"]:
-    return _bands(x.shape[2]).T @ (x @ _bands(x.shape[3]))
-
-
-@lru_cache(maxsize=64)
-def _bands(length: int) -> Float[Tensor, "n m"]:
-    """The matrix whose columns are the window at every place where it fits."""
+    """The windows' means, along one axis after the other: a multiply-add of whole arrays for each of its 11 weights."""
     offsets = torch.arange(SSIM_WINDOW) - SSIM_WINDOW // 2
     window = torch.exp(-offsets.square() / (2 * 1.5**2))
-    bands = torch.zeros(length, length - SSIM_WINDOW + 1)
-    for place in range(bands.shape[1]):
-        bands[place : place + SSIM_WINDOW, place] = window / window.sum()
-    return bands
+    weights = (window / window.sum()).tolist()
+    for axis in (3, 2):
+        places = x.shape[axis] - SSIM_WINDOW + 1
+        total = x.narrow(axis, 0, places) * weights[0]
+        for start in range(1, SSIM_WINDOW):
+            total.add_(x.narrow(axis, start, places), alpha=weights[start])
+        x = total
+    return x
 
 
 @dataclass
@@ -98,22 +99,24 @@ class PixelReport:
         if budget is not None:
             budget.check(clean, poisoned, where)
             self._kept[budget] = self._kept.get(budget, 0) + len(rows)
-        difference = poisoned.to(torch.int16) - clean.to(torch.int16)
-        size, exact = difference.abs(), difference.double().flatten(1)
-        changed = size != 0
+        changed = poisoned != clean
+        size = torch.maximum(poisoned, clean) - torch.minimum(poisoned, clean)
+        exact = (poisoned.to(torch.int16) - clean.to(torch.int16)).double().flatten(1)
+        length = exact.norm(dim=1)
         self._values += size.numel()
         self._changed_values += int(changed.count_nonzero())
         if budget is not None and budget.norm == "linf":
             self._at_bound += int((size == math.floor(budget.epsilon * 255 + 1e-6)).count_nonzero())
-        self._clipped += int((changed & ((poisoned == 0) | (poisoned == 255))).count_nonzero())
+        at_an_end = poisoned + 1 < 2  # 255 + 1 is 0
+        self._clipped += int((changed & at_an_end).count_nonzero())
         self._add("row", np.asarray(rows))
         self._add("linf_levels", size.flatten(1).amax(1).numpy())
-        self._add("l2", (exact.norm(dim=1) / 255).numpy())
-        self._add("l0_pixels", changed.any(1).flatten(1).count_nonzero(dim=1).numpy())
+        self._add("l2", (length / 255).numpy())
+        self._add("l0_pixels", (changed[:, 0] | changed[:, 1] | changed[:, 2]).flatten(1).sum(1).numpy())
         self._add("mean_shift_levels", exact.mean(1).numpy())
         picked = [i for i, row in enumerate(rows) if row % self.perceptual_every == 0]
         if picked:
-            self._add("psnr_db", psnr(clean[picked], poisoned[picked]).numpy())
+            self._add("psnr_db", _psnr(length[picked].square() / exact.shape[1]).numpy())
             self._add("perceptual_row", np.asarray(rows)[picked])
             small = min(clean.shape[2:]) < SSIM_WINDOW
             self._add("ssim", np.full(len(picked), np.nan) if small else ssim(clean[picked], poisoned[picked]).numpy())
