@@ -44,8 +44,8 @@ def keep_freed_memory() -> bool:
     By itself glibc hands a large block back to the kernel, which must clear every page of the next one: with tensors
     of some megabytes and more, that is a good part of the time of a training step, or of a map of large pictures. It
     holds for the whole process, from the first training, gradient loop or map on a CPU on, and costs memory: what was
-    in use at most is not given back. Where a variable of glibc's own is set (MALLOC_MMAP_THRESHOLD_, MALLOC_ARENA_MAX or another
-    MALLOC_...), nothing is changed.
+    in use at most is not given back. Where a variable of glibc's own is set (MALLOC_MMAP_THRESHOLD_, MALLOC_ARENA_MAX
+    or another MALLOC_...), nothing is changed.
     """
     if platform.libc_ver()[0] != "glibc" or any(name.startswith("MALLOC_") for name in os.environ):
         return False
