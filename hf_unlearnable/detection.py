@@ -1,10 +1,10 @@
-"""Detectors of poisoned data, and how well they do; how far predictions have collapsed onto few classes."""
+"""Detectors of poisoned rows, and how well they do; how far predictions have collapsed onto few classes."""
 
 import copy
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Literal, Self
+from typing import Self
 
 import torch
 import torch.nn.functional as F
@@ -15,92 +15,11 @@ from torch import Tensor, nn
 from hf_unlearnable.batches import Batches, stratified_rows
 from hf_unlearnable.defenses.erm import Erm
 from hf_unlearnable.keys import Key
-from hf_unlearnable.probes import collect, perceptron
+from hf_unlearnable.probes import collect
 from hf_unlearnable.recipes import Recipe, changed
 from hf_unlearnable.victim import train
 
-SIMPLE = Recipe(name="simple", epochs=100, learning_rate=0.01, schedule="step", milestones=(0.75, 0.9))
 EARLY = Recipe(name="early", epochs=1, learning_rate=0.1, schedule="constant")
-
-
-@dataclass(frozen=True, kw_only=True)
-class SetScore:
-    """How well a simple network does on held-out rows of the suspect set itself. Set it beside that of clean data.
-
-    Args:
-        validation_accuracy: after the last epoch.
-        threshold: the verdict is "poisoned" above it.
-        chance: validation accuracy of always answering with the commonest class.
-    """
-
-    validation_accuracy: float
-    train_accuracy: float | None
-    threshold: float
-    chance: float
-    train_rows: int
-    validation_rows: int
-
-    @property
-    def poisoned(self) -> bool:
-        """The verdict."""
-        return self.validation_accuracy > self.threshold
-
-
-def simple_network_score(
-    suspect: Batches,
-    *,
-    kind: Literal["linear", "two_layer"] = "two_layer",
-    epochs: int = 100,
-    threshold: float = 0.7,
-    accelerator: Accelerator,
-    seed: int,
-    progress: bool = True,
-) -> SetScore:
-    """Detector A: a network too simple for pictures does well on a fifth of the suspect set only if it is poisoned.
-
-    "linear" is d to K; "two_layer" is d to d, ReLU, d to K, and is shown its training rows under crop and flip.
-    SGD 0.01, momentum 0.9, weight decay 5e-4, batches of 128, the rate times 0.1 after 75 % and 90 %.
-
-    Args:
-        suspect: the published training rows. "two_layer" has about d^2 weights (9.4 million at 32 px): load larger
-            pictures with `image_size=32`.
-        threshold: validation accuracy above which the verdict is "poisoned". It presumes about ten classes that a
-            simple network cannot tell apart: measure the clean set too.
-        seed: of the split, the initial weights and the training.
-
-    Raises:
-        ValueError: too few rows to hold some out.
-
-    Source: METHODS_NEW N26 (detector A) and N42.
-    Deviations: the fifth is drawn class by class, and is judged without crop and flip.
-    """
-    training, held_out = suspect.split(0.2, key=seed)
-    if not len(held_out):
-        raise ValueError(f"expected enough rows to hold a fifth out, got {len(suspect)}")
-    size, classes = suspect.pixels[0].numel(), len(suspect.classes)
-    sizes = (size, classes) if kind == "linear" else (size, size, classes)
-    model = nn.Sequential(nn.Flatten(), *perceptron(sizes, activation=nn.ReLU, seed=seed))
-    recipe = changed(SIMPLE, epochs=epochs, augmentation="none" if kind == "linear" else "crop_flip")
-    result = train(
-        model,
-        training,
-        held_out,
-        recipe=recipe,
-        defense=Erm(),
-        accelerator=accelerator,
-        seed=seed,
-        validation_fraction=0.0,
-        evaluate_every=epochs,
-        progress=progress,
-    )
-    return SetScore(
-        validation_accuracy=result.test_accuracy,
-        train_accuracy=result.curve[-1].train_accuracy,
-        threshold=threshold,
-        chance=result.chance,
-        train_rows=len(training),
-        validation_rows=len(held_out),
-    )
 
 
 def roc_auc(scores: Float[Tensor, " n"], truth: Bool[Tensor, " n"]) -> float:

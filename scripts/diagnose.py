@@ -10,6 +10,7 @@ samples       are published rows learnt sooner than clean ones?
 supervised    does a network taught under another key (--other) know them apart?
 shortcuts     what a victim follows when perturbations are swapped; its reliance R_p on clean test rows
 dfr           what a few clean rows bring back, beside two controls
+recovery      what clean rows bring back while the weights stay near the victim's
 certificate   a bound for noisy weights near the victim's (long: two victims, --draws evaluations of each)
 
 The first three and shortcuts are the default. The output holds diagnosis.json, summary.md in plain sentences, and the

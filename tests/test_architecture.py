@@ -52,7 +52,9 @@ MAY_IMPORT: dict[str, set[str]] = {
     "report": {"record", "result", "surrogate"},
     "probes": {"result", "victim"} | L0 | L1,
     "detection": {"result", "victim", "defenses", "probes"} | L0 | L1,
+    "set_detection": {"victim", "defenses", "probes"} | L0 | L1,
     "last_layer": {"result", "victim", "defenses", "probes"} | L0 | L1,
+    "recovery": {"victim"} | L0 | L1,
     "ray_data": {"poisons"} | L0 | L1,
     "certificate": {"keys"},
     "theory": {"keys"},
@@ -64,7 +66,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     | L0
     | L1,
     "evaluation": {"evaluation", "result", "victim", "defenses", "poisons", "record", "report", "card"}
-    | {"probes", "detection", "last_layer", "certificate", "reported", "digests"}
+    | {"probes", "detection", "set_detection", "last_layer", "recovery", "certificate", "reported", "digests"}
     | L0
     | L1,
 }

@@ -20,7 +20,6 @@ from hf_unlearnable.detection import (
     reliance,
     roc_auc,
     sample_auc,
-    simple_network_score,
     soft_reliance,
     supervised_auc,
 )
@@ -123,56 +122,6 @@ def shortcut(clean: Batches, rows: Tensor | None = None) -> Batches:
     if rows is not None:
         added = added * rows[:, None, None, None]
     return dataclasses.replace(clean, pixels=(clean.pixels.int() + added).to(torch.uint8))
-
-
-@pytest.mark.parametrize("kind", ["linear", "two_layer"])
-def test_a_simple_network_finds_a_shortcut_and_nothing_in_noise(kind: Any, accelerator: Accelerator) -> None:
-    clean = random_pictures(600)
-    settings: Any = {"kind": kind, "epochs": 25, "accelerator": accelerator, "seed": 0, "progress": False}
-    found, nothing = simple_network_score(shortcut(clean), **settings), simple_network_score(clean, **settings)
-    assert found.poisoned
-    assert found.validation_accuracy > 0.8
-    assert (found.train_rows, found.validation_rows) == (480, 120)
-    assert not nothing.poisoned
-    assert nothing.validation_accuracy < 0.45
-    assert nothing.train_accuracy is not None
-    assert 0.25 <= nothing.chance < 0.4
-    assert found == simple_network_score(shortcut(clean), **settings)
-    assert not simple_network_score(shortcut(clean), threshold=1.0, **settings).poisoned
-
-
-def test_the_simple_networks_are_those_of_the_sheet(accelerator: Accelerator, monkeypatch: pytest.MonkeyPatch) -> None:
-    asked: list[tuple[list[tuple[int, ...]], Recipe, int, int]] = []
-    plain = detection.train
-
-    def watched(model: nn.Module, training: Batches, test: Batches, **options: Any) -> Any:
-        shapes = [tuple(weight.shape) for weight in model.parameters()]
-        asked.append((shapes, options["recipe"], len(training), len(test)))
-        return plain(model, training, test, **options)
-
-    monkeypatch.setattr(detection, "train", watched)
-    for kind in ("linear", "two_layer"):
-        simple_network_score(
-            random_pictures(50),
-            kind=kind,  # type: ignore[arg-type]
-            epochs=2,
-            accelerator=accelerator,
-            seed=0,
-            progress=False,
-        )
-    linear, two_layer = asked
-    assert linear[0] == [(4, 126), (4,)]
-    assert two_layer[0] == [(126, 126), (126,), (4, 126), (4,)]
-    assert (linear[1].augmentation, two_layer[1].augmentation) == ("none", "crop_flip")
-    assert (linear[2], linear[3]) == (40, 10)
-    used = dataclasses.replace(two_layer[1], epochs=100)
-    assert (used.learning_rate, used.momentum, used.weight_decay, used.batch_size) == (0.01, 0.9, 5e-4, 128)
-    assert [used.rate(epoch, 100) for epoch in (74, 75, 89, 90)] == pytest.approx([1e-2, 1e-3, 1e-3, 1e-4])
-
-
-def test_too_few_rows_to_hold_some_out(accelerator: Accelerator) -> None:
-    with pytest.raises(ValueError, match="fifth"):
-        simple_network_score(random_pictures(2), epochs=1, accelerator=accelerator, seed=0, progress=False)
 
 
 def plain_network(classes: int, size: int = 126) -> nn.Module:

@@ -20,7 +20,7 @@ from tqdm.auto import tqdm
 from hf_unlearnable.batches import Batches, stratified_rows
 from hf_unlearnable.certificate import certify
 from hf_unlearnable.defenses.erm import Erm
-from hf_unlearnable.detection import reliance, sample_auc, simple_network_score, supervised_auc
+from hf_unlearnable.detection import reliance, sample_auc, supervised_auc
 from hf_unlearnable.environment import hardware, versions
 from hf_unlearnable.evaluation.arms import Rows
 from hf_unlearnable.evaluation.diagnosis_pages import What, summary
@@ -32,7 +32,9 @@ from hf_unlearnable.networks import Network, create_network
 from hf_unlearnable.probes import linear_separability
 from hf_unlearnable.recipes import changed, recipe
 from hf_unlearnable.record import Record
+from hf_unlearnable.recovery import RECOVERY, distance, recover
 from hf_unlearnable.result import Result
+from hf_unlearnable.set_detection import bias_shift_score, simple_network_score
 from hf_unlearnable.victim import evaluate, train
 
 QUICK: tuple[What, ...] = ("separability", "detector", "samples", "shortcuts")
@@ -40,6 +42,7 @@ SCHEMA = 1
 HELD_OUT = 0.2
 DETECTOR_PIXELS = 32
 ETAS = (0.01, 0.05, 0.1, 0.2, 0.3)
+RADII = (0.2, 0.5, 1.0, 2.0, math.inf)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -47,13 +50,14 @@ class Setting:
     """What decides the figures, beside the rows.
 
     Args:
-        backbone, recipe: of the victims (shortcuts, dfr, certificate) and of the learnt detector (supervised); the
-            backbone also of samples.
+        backbone, recipe: of the victims (shortcuts, dfr, recovery, certificate) and of the learnt detector
+            (supervised); the backbone also of samples and of the detector of shifted pictures.
         seed: of all that is drawn.
         hidden: separability: probes with so many tanh layers of 30 units, beside the linear ones; 0 for none.
         detector_epochs: detector: 100 in the paper.
         sample_epochs: samples: a training for each.
         dfr_rows: dfr: clean rows that the last layer is fitted to, out of the validation rows.
+        recovery_epochs: recovery: 60 in the paper.
         draws: certificate: noisy weights.
         sigma: certificate: standard deviation of the noise on every weight.
         certificate_rows: certificate: test rows that the accuracy is measured on.
@@ -69,13 +73,15 @@ class Setting:
     detector_epochs: int = 20
     sample_epochs: tuple[int, ...] = (1, 2, 3, 5)
     dfr_rows: int = 500
+    recovery_epochs: int = 20
     draws: int = 1000
     sigma: float = 0.25
     certificate_rows: int = 1000
 
     def __post_init__(self) -> None:
         recipe(self.recipe)
-        counts = {name: getattr(self, name) for name in ("detector_epochs", "dfr_rows", "draws", "certificate_rows")}
+        positive = ("detector_epochs", "dfr_rows", "recovery_epochs", "draws", "certificate_rows")
+        counts = {name: getattr(self, name) for name in positive}
         counts |= {"sample_epochs": min(self.sample_epochs, default=0)}
         if low := {name: value for name, value in counts.items() if value < 1}:
             raise ValueError(f"expected at least 1, got {low}")
@@ -93,6 +99,7 @@ OWN: dict[What, tuple[str, ...]] = {
     "supervised": (),
     "shortcuts": (),
     "dfr": ("dfr_rows",),
+    "recovery": ("recovery_epochs",),
     "certificate": ("draws", "sigma", "certificate_rows"),
 }
 
@@ -234,14 +241,19 @@ class Diagnosis:
         }
 
     def detector(self) -> dict[str, Any]:
-        """`simple_network_score` of published and of clean rows; larger pictures are shrunk to 32 pixels first."""
+        """`simple_network_score` and `bias_shift_score` of published and of clean rows; the simple networks see larger
+        pictures shrunk to 32 pixels."""
         kinds: tuple[Literal["linear", "two_layer"], ...] = ("linear", "two_layer")
-        splits = {"published": _shrunk(self.published), "clean": _shrunk(self.clean)}
+        splits = {"published": self.published, "clean": self.clean}
+        small = {name: _shrunk(split) for name, split in splits.items()}
         how: dict[str, Any] = {"epochs": self.setting.detector_epochs, **self._how()}
-        return {
-            kind: {name: asdict(simple_network_score(split, kind=kind, **how)) for name, split in splits.items()}
+        found = {
+            kind: {name: asdict(simple_network_score(split, kind=kind, **how)) for name, split in small.items()}
             for kind in kinds
         }
+        network = self._network(len(self.clean.classes))
+        shifted = {name: asdict(bias_shift_score(network, split, **how)) for name, split in splits.items()}
+        return {**found, "bias_shift": shifted}
 
     def samples(self) -> dict[str, Any]:
         """`sample_auc` on the rows, half of them published and the others clean (class by class), for each length."""
@@ -331,6 +343,35 @@ class Diagnosis:
             "clean": {"before": result.test_accuracy, "refitted": refitted},
             "epochs_from_scratch": longer.epochs,
         }
+
+    def recovery(self) -> dict[str, Any]:
+        """`recover` the victim of the published rows, and that of the clean ones, on the fifth of the clean rows that
+        neither was trained on; and what those rows give a network of their own, in about the victim's number of steps.
+        """
+        seed = self.setting.seed
+        _, few = self.clean.split(HELD_OUT, key=seed)
+        short = changed(RECOVERY, epochs=self.setting.recovery_epochs)
+        figures: dict[str, Any] = {"clean_rows": len(few)}
+        for name in ("published", "clean"):
+            network, result = self._victim(name)
+            points = []
+            for radius in RADII:
+                near = recover(network, few, radius=radius, recipe=short, **self._how())
+                told = {"radius": radius if math.isfinite(radius) else None, "moved": distance(near, network)}
+                points.append({**told, "accuracy": self._accuracy(near, self.test)})
+            figures[name] = {"before": result.test_accuracy, "points": points}
+        longer = changed(self.recipe, epochs=-(-result.curve[-1].steps // few.steps(self.recipe.batch_size)))
+        scratch = train(
+            self._network(len(self.clean.classes)),
+            few,
+            self.test,
+            recipe=dataclasses.replace(longer, drop_last=False),
+            defense=Erm(),
+            validation_fraction=0.0,
+            evaluate_every=longer.epochs or 1,
+            **self._how(),
+        )
+        return {**figures, "from_scratch": scratch.test_accuracy, "epochs_from_scratch": longer.epochs}
 
     def certificate(self) -> dict[str, Any]:
         """`certify` the accuracy on clean test rows of the victim of the published rows, and of that of the clean."""

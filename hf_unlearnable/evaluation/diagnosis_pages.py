@@ -3,7 +3,7 @@
 from collections.abc import Callable, Sequence
 from typing import Any, Literal
 
-What = Literal["separability", "detector", "samples", "supervised", "shortcuts", "dfr", "certificate"]
+What = Literal["separability", "detector", "samples", "supervised", "shortcuts", "dfr", "recovery", "certificate"]
 
 
 def summary(values: dict[str, Any]) -> str:
@@ -79,7 +79,9 @@ def _of_detector(found: dict[str, Any], own: dict[str, Any], how: dict[str, Any]
             return "the clean rows are called poisoned too: the verdict says nothing about such pictures"
         return "called poisoned, the clean rows are not" if over[0] else "not called poisoned"
 
-    rows, names = [], {"linear": "linear", "two_layer": "two layers"}
+    names = {"linear": "linear", "two_layer": "two layers"}
+    names["bias_shift"] = f"{how['backbone']}, shown darker pictures alone"
+    rows = []
     for kind, scores in found.items():
         figures = [_percent(scores[name]["validation_accuracy"]) for name in ("published", "clean")]
         rows.append([names[kind], *figures, verdict(scores["published"], scores["clean"])])
@@ -90,7 +92,8 @@ def _of_detector(found: dict[str, Any], own: dict[str, Any], how: dict[str, Any]
         f"(one trained on the clean rows: {rows[1][2]}); the verdict at {_percent(score['threshold'])}: {rows[1][3]}.",
         *_table(["network", "published", "clean", "verdict"], rows),
         f"{_epochs(epochs)}{paper}. Always answering with the commonest class gives {_percent(score['chance'])}. A "
-        "verdict is no proof: it warns a trainer, and shows that something simple names the class.",
+        "verdict is no proof: it warns a trainer, and shows that something simple names the class, or something that "
+        "does not change with the brightness.",
     ]
 
 
@@ -172,6 +175,27 @@ def _of_dfr(found: dict[str, Any], own: dict[str, Any], how: dict[str, Any]) -> 
     ]
 
 
+def _of_recovery(found: dict[str, Any], own: dict[str, Any], how: dict[str, Any]) -> list[str]:
+    made, clean = (found[name] for name in ("published", "clean"))
+    rows = [["0: as it is", *(_percent(victim["before"]) for victim in (made, clean))]]
+    for a, b in zip(made["points"], clean["points"], strict=True):
+        reach = "any" if a["radius"] is None else f"{a['radius']:g}"
+        rows.append([reach, *(f"{_percent(p['accuracy'])} (moved by {p['moved']:.2f})" for p in (a, b))])
+    epochs = own["recovery_epochs"]
+    paper = "" if epochs >= 60 else "; the paper trains for 60"
+    near, free = made["points"][0], made["points"][-1]
+    return [
+        f"Trained on {found['clean_rows']:,} clean rows with its weights within L2 distance {near['radius']:g}, a "
+        f"victim of the published rows reaches {_percent(near['accuracy'])} on clean test rows (before: "
+        f"{_percent(made['before'])}), with no bound {_percent(free['accuracy'])}; the same clean rows alone give a "
+        f"network of their own {_percent(found['from_scratch'])}.",
+        *_table(["within L2 distance", "victim of published rows", "victim of clean rows"], rows),
+        f"{_epochs(epochs)}{paper}; the network of its own: {_epochs(found['epochs_from_scratch'])}. What was reached "
+        "is the least that weights of that ball can do; the certificate bounds them from above, under noise. Not more "
+        "than the clean rows alone give: nothing is shown of what the published rows taught.",
+    ]
+
+
 def _of_certificate(found: dict[str, Any], own: dict[str, Any], how: dict[str, Any]) -> list[str]:
     def told(bound: float | None) -> str:
         return "abstains" if bound is None else _percent(bound)
@@ -203,5 +227,6 @@ PAGES: dict[What, tuple[str, Callable[[dict[str, Any], dict[str, Any], dict[str,
     "supervised": ("Does a trainer who knows the method find the rows?", _of_supervised),
     "shortcuts": ("What does a victim follow?", _of_shortcuts),
     "dfr": ("What do a few clean rows bring back?", _of_dfr),
+    "recovery": ("What do clean rows bring back near the victim?", _of_recovery),
     "certificate": ("What is certified near the victim?", _of_certificate),
 }

@@ -25,7 +25,9 @@ from hf_unlearnable.protect import protect
 from tests.conftest import load_script, make_dataset, noise_pictures
 from tests.evaluation.test_findings import result
 
-SETTING = Setting(detector_epochs=1, sample_epochs=(1,), dfr_rows=50, draws=60, certificate_rows=20, hidden=1)
+SETTING = Setting(
+    detector_epochs=1, sample_epochs=(1,), dfr_rows=50, recovery_epochs=1, draws=60, certificate_rows=20, hidden=1
+)
 ALL = tuple(PAGES)
 
 
@@ -84,15 +86,19 @@ def test_everything_is_measured_beside_the_clean_rows_and_told(whole: Path) -> N
     assert linear["delta_held_out_accuracy"] == 1.0  # LSP
     assert (linear["train_rows"], linear["held_out_rows"]) == (80, 20)
     assert f"{100 * linear['clean_held_out_accuracy']:.1f} %" in text
-    for kind in ("linear", "two_layer"):
+    for kind in ("linear", "two_layer", "bias_shift"):
         assert {name: score["threshold"] for name, score in found["detector"][kind].items()} == {
             "published": 0.7,
             "clean": 0.7,
         }
-    for name in ("shortcuts", "dfr", "certificate"):
+    for name in ("shortcuts", "dfr", "recovery", "certificate"):
         assert {"published", "clean"} <= set(found[name]), name
     assert found["supervised"]["pairs"] == [50, 50]
     assert len(found["certificate"]["published"]["bounds"]) == len(room.ETAS)
+    points = found["recovery"]["published"]["points"]
+    assert [point["radius"] for point in points] == [0.2, 0.5, 1.0, 2.0, None]
+    assert all(point["radius"] is None or point["moved"] <= point["radius"] * 1.001 for point in points)
+    assert "the paper trains for 60" in text
     assert all(0 <= share <= 1 for share in shares(found))
     assert sum(1 for _ in shares(found)) > 20
     for title, _ in PAGES.values():
