@@ -7,7 +7,7 @@ import contextlib
 import difflib
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, Literal, TypeVar
 
 import timm
 import torch
@@ -193,7 +193,7 @@ def create_pretrained(backbone: str, *, pretrained: bool | str, **how: Any) -> N
         raise ValueError(f"expected weights of {backbone}, but: {' '.join(str(error).split())[:300]}") from error
 
 
-def freeze_early(network: Network, stages: int | None) -> None:
+def freeze_early(network: Network, stages: int | Literal["all"] | None) -> None:
     """No gradients from now on for the parameters of the stem and of the first stages.
 
     What a stage is, timm says: layer1 to layer4 of a ResNet, every block of a plain transformer (whose stem are the
@@ -201,7 +201,8 @@ def freeze_early(network: Network, stages: int | None) -> None:
     trainable. BatchNorm's running statistics are no parameters: see `Network.frozen_batch_norm`.
 
     Args:
-        stages: how many stages beside the stem; 0 for the stem alone, None or -1 for nothing.
+        stages: how many stages beside the stem; 0 for the stem alone, None or -1 for nothing, "all" for everything but
+            the last layer.
 
     Raises:
         ValueError: there are fewer stages, or timm knows none of this backbone.
@@ -211,6 +212,12 @@ def freeze_early(network: Network, stages: int | None) -> None:
     if stages is None:
         return
     backbone = network.backbone
+    if stages == "all":
+        network.requires_grad_(False)
+        heads = backbone.get_classifier()
+        for head in heads if isinstance(heads, tuple) else (heads,):
+            head.requires_grad_(True)
+        return
     try:
         groups = group_parameters(backbone, backbone.group_matcher(coarse=True), return_values=True)
     except (AttributeError, AssertionError) as error:

@@ -7,8 +7,9 @@ The output holds options.json, summary.json (mean and spread over the seeds) and
 result.json, curves.png and victim.safetensors (the weights). A run that was stopped (Ctrl-C, --max-minutes, a crash)
 goes on where it stood when the same command is given again; more --seeds may be added to a run later.
 
-Pretrained weights are fine-tuned, all layers or all but the first ones. Compare with the same on clean pictures and on
-random noise; and note that the classes of CIFAR-10 are among those of ImageNet.
+Pretrained weights are fine-tuned: all layers, all but the first ones, or the last one alone (--freeze-stages all).
+Compare with the same on clean pictures and on random noise; and note that the classes of CIFAR-10 are among those of
+ImageNet.
 
     train_victim.py --backbone resnet18 --pretrained --image-size 224 --recipe finetune \\
         --freeze-stages 1 --batch-norm frozen ...
@@ -133,8 +134,9 @@ def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--backbone", default="resnet18", help=f"{', '.join(SHORT_NAMES)}, or any name of timm")
     start = "start from timm's weights, from the Hub, or from those in a safetensors file, named as timm names them"
     parser.add_argument("--pretrained", nargs="?", const=True, default=False, metavar="FILE", help=start)
-    stages = "do not train the stem and the first N stages, or blocks (0: the stem alone; default: train all)"
-    parser.add_argument("--freeze-stages", type=int, metavar="N", help=stages)
+    stages = "do not train the stem and the first N stages, or blocks (0: the stem alone; all: everything but the last"
+    stages += " layer; default: train all)"
+    parser.add_argument("--freeze-stages", type=frozen_stages, metavar="N|all", help=stages)
     norm = "frozen: BatchNorm keeps its running statistics and normalises by them (default: train)"
     parser.add_argument("--batch-norm", choices=("train", "frozen"), default="train", help=norm)
     parser.add_argument("--defense", default="erm", help=", ".join(DEFENSES))
@@ -209,6 +211,11 @@ def run(arguments: argparse.Namespace, accelerator: Accelerator) -> int:
         (output / "summary.json").write_text(json.dumps(summary(results), indent=1) + "\n")
     say(accelerator, told(arguments, results))
     return 0
+
+
+def frozen_stages(text: str) -> int | str:
+    """What --freeze-stages takes."""
+    return text if text == "all" else int(text)
 
 
 def beginning(arguments: argparse.Namespace, pictures: Batches, seed: int) -> Network:

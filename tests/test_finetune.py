@@ -226,6 +226,7 @@ def test_stem_and_stages_are_those_of_timm() -> None:
         (0, stem),
         (1, stem | {name for name in every if name.startswith(STAGE)}),
         (4, every - {"fc.weight", "fc.bias"}),
+        ("all", every - {"fc.weight", "fc.bias"}),
     ):
         model = resnet()
         freeze_early(model, stages)
@@ -416,6 +417,21 @@ def test_the_script_fine_tunes_a_file(
     ):
         assert call(*extra) == 1
         assert message in capsys.readouterr().err
+
+
+def test_the_script_trains_the_last_layer_alone(call: Call, data: Path, tmp_path: Path) -> None:
+    file = str(data / "weights.safetensors")
+    assert call("--pretrained", file, "--freeze-stages", "all", "--batch-norm", "frozen", output="probe") == 0
+    made, given = load_file(tmp_path / "probe" / "seed-0" / "victim.safetensors"), load_file(file)
+    made = {name.removeprefix("backbone."): value for name, value in made.items()}
+    trunk = {name: value for name, value in given.items() if not name.startswith("fc.")}
+    assert trunk
+    assert not moved(trunk, made)
+    start = Result.load(tmp_path / "probe" / "seed-0" / "result.json").start
+    assert start is not None
+    assert start["frozen_stages"] == "all"
+    with pytest.raises(SystemExit):
+        call("--freeze-stages", "most", output="wrong")
 
 
 def test_a_run_of_before_the_flags_goes_on(call: Call, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

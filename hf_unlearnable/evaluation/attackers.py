@@ -63,13 +63,7 @@ class Pretrained:
         network = create_pretrained(self.backbone, pretrained=self.file or True, **how)
         network.sees = None if self.image_size is None else seen
         network.frozen_batch_norm = self.frozen_batch_norm
-        if self.frozen_stages == "all":
-            network.requires_grad_(False)
-            heads = network.backbone.get_classifier()
-            for head in heads if isinstance(heads, tuple) else (heads,):
-                head.requires_grad_(True)
-        else:
-            freeze_early(network, self.frozen_stages)
+        freeze_early(network, self.frozen_stages)
         return network
 
     def words(self) -> str:
