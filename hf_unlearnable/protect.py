@@ -24,6 +24,7 @@ from hf_unlearnable.metrics import PixelReport
 from hf_unlearnable.poisons.base import Poison
 from hf_unlearnable.poisons.with_surrogate import SurrogatePoison
 from hf_unlearnable.record import Record
+from hf_unlearnable.sources import public_name
 
 SHARD_BYTES = 500_000_000
 PERCEPTUAL_ROWS = 10_000
@@ -197,7 +198,7 @@ def _measure(
         settings=poison.settings(),
         key=describe_key(poison, record_seed),
         source={
-            "dataset": Path(source).name if Path(source).exists() else source,
+            "dataset": public_name(source),
             "split": split,
             "rows": len(clean),
             "image_column": image,

@@ -17,6 +17,7 @@ import PIL.Image
 import pyarrow.parquet as pq
 from datasets import Dataset, DatasetDict, Features, IterableDataset, load_dataset, load_dataset_builder, load_from_disk
 from datasets.config import HF_DATASETS_CACHE
+from datasets.data_files import DataFilesDict, EmptyDatasetError, get_data_patterns
 from datasets.exceptions import DatasetNotFoundError
 
 from hf_unlearnable import demo
@@ -29,12 +30,13 @@ def load_split(source: str | Path, split: str | None = None, *, config: str | No
 
     Args:
         source: a Hub id, a folder of pictures in one folder a class (imagefolder), a folder or file of parquet, a
-            folder made by `save_to_disk`, or "demo" for pictures that are drawn on the spot.
+            folder made by `save_to_disk`, or "demo" for pictures that are drawn on the spot. Folders and files of
+            parquet, and folders of pictures, may lie elsewhere: s3://bucket/folder, or any address that fsspec knows.
         split: its name; None takes the only split, or "train".
         config: the configuration of a Hub dataset with several.
 
     Raises:
-        FileNotFoundError: a path that is not there, or a Hub id that cannot be reached.
+        FileNotFoundError: a path or address that is not there, or a Hub id that cannot be reached.
         ValueError: no such split; names the ones there are.
     """
     return _one_split(_load(str(source), config), source, split)
@@ -81,6 +83,9 @@ def _load(source: str, config: str | None) -> Dataset | DatasetDict:
     whole = _load_whole(source)
     if whole is not None:
         return whole
+    if "://" in source:
+        kind, files = _files_elsewhere(source)
+        return _as_dict(load_dataset(kind, data_files=files))
     _check_there(source)
     path = Path(source)
     if not path.exists():
@@ -95,6 +100,30 @@ def _load(source: str, config: str | None) -> Dataset | DatasetDict:
     found = _as_dict(load_dataset(source, config, cache_dir=_cache_of(path)))
     _check_nothing_left_out(path, {str(name): len(split) for name, split in found.items()})
     return found
+
+
+def _files_elsewhere(url: str) -> tuple[str, dict[str, list[str]]]:
+    """How the files below an address are read, and which they are, split by split as `datasets` tells them apart."""
+    kinds = {".parquet": "parquet", ".tar": "webdataset"}
+    try:
+        if (suffix := os.path.splitext(url)[1]) in kinds:
+            return kinds[suffix], {"train": [url]}
+        found = DataFilesDict.from_patterns(get_data_patterns(url.rstrip("/")), base_path=url.rstrip("/"))
+    except (EmptyDatasetError, FileNotFoundError) as error:
+        raise FileNotFoundError(f"there is nothing to read at {url}") from error
+    except ImportError as error:
+        raise ValueError(f"{url}: {error}") from error
+    kinds |= dict.fromkeys(PIL.Image.registered_extensions(), "imagefolder")
+    files = {
+        str(split): [file for file in some if os.path.splitext(file)[1].lower() in kinds]
+        for split, some in found.items()
+    }
+    seen = {kinds[os.path.splitext(file)[1].lower()] for some in files.values() for file in some}
+    if len(seen) != 1:
+        raise ValueError(
+            f"{url}: expected files of parquet, tar archives or pictures, got {sorted(seen) or 'none of them'}"
+        )
+    return seen.pop(), {split: some for split, some in files.items() if some}
 
 
 def _check_nothing_left_out(folder: Path, found: dict[str, int]) -> None:
@@ -182,12 +211,16 @@ def stream_split(source: str | Path, split: str | None = None, *, config: str | 
     whole = _load_whole(source)
     if whole is not None:
         return stream_of(_one_split(whole, source, split), source)
-    _check_there(source)
+    elsewhere = _files_elsewhere(source) if "://" in source else None
+    if elsewhere is None:
+        _check_there(source)
     path = Path(source)
     if path.is_file() and path.suffix not in (".parquet", ".tar"):
         raise ValueError(f"expected a folder, a .parquet or a .tar file, got {source}")
     try:
-        if path.is_file():
+        if elsewhere is not None:
+            builder = load_dataset_builder(elsewhere[0], data_files=elsewhere[1])
+        elif path.is_file():
             builder = load_dataset_builder("parquet" if path.suffix == ".parquet" else "webdataset", data_files=source)
         else:
             builder = load_dataset_builder(source, config)
@@ -198,7 +231,15 @@ def stream_split(source: str | Path, split: str | None = None, *, config: str | 
     kind = type(builder).__module__.rsplit(".", 1)[-1]
     if path.is_dir():
         _check_nothing_left_out(path, {name: len(files) for name, files in found.items()})
-    rows = builder.as_streaming_dataset(split=wanted)
+    try:
+        rows = builder.as_streaming_dataset(split=wanted)
+    except TypeError as error:  # s3fs is handed an option that it does not know, for archives alone
+        if elsewhere is None:
+            raise
+        raise ValueError(
+            f"{source}: `datasets` cannot read these files from there ({error}): copy them to this machine, or take "
+            "parquet"
+        ) from error
     assert isinstance(rows, IterableDataset)
     if rows.features is None:
         raise ValueError(f"expected columns in {source}, whose features cannot be told without reading all of it")
@@ -224,7 +265,12 @@ def stream_of(dataset: Dataset, name: str) -> Stream:
 
 
 def _told(file: str, root: Path) -> str:
-    """What identifies a file on every machine that sees it: its place in the source and its size, or its address."""
+    """What identifies a file on every machine that sees it: its place in the source and its size, or its address (with
+    size and tag, where the address does not name a revision)."""
+    if "://" in file and not file.startswith("hf://"):
+        filesystem, inner = fsspec.url_to_fs(file)
+        info = filesystem.info(inner)
+        return f"{file} {info.get('size')} {info.get('ETag') or info.get('etag') or info.get('md5Hash')}"
     if not os.path.exists(file):
         return file
     inner = os.path.relpath(file, root if root.is_dir() else root.parent)
@@ -264,6 +310,11 @@ def _as_dict(found: object) -> DatasetDict:
     if not isinstance(found, DatasetDict):
         raise TypeError(f"expected splits, got {type(found).__name__}")
     return found
+
+
+def public_name(source: str) -> str:
+    """What a record says of a source: a Hub id; of a path or an address its last part alone, as they are private."""
+    return Path(source).name if "://" in source or Path(source).exists() else source
 
 
 def near(name: str, names: Iterable[str]) -> str:

@@ -59,7 +59,9 @@ def main(argv: Sequence[str] | None = None) -> None:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
     )
     parser.add_argument(
-        "--dataset", required=not known.merge, help="Hub id, folder of pictures, parquet, save_to_disk, or demo"
+        "--dataset",
+        required=not known.merge,
+        help="Hub id, folder of pictures, parquet, save_to_disk, an address of these (s3://...), or demo",
     )
     parser.add_argument("--config", help="configuration of a Hub dataset")
     parser.add_argument("--split", help="default: the only one, or train")
@@ -218,6 +220,9 @@ def tell(record: Record, output: str) -> None:
     if record.source.get("left_out"):
         print(f"  {len(record.source['left_out'])} rows were left out: see left_out in record.json")
     print(f"  see {output}/preview.png; what a trainer still learns is not measured yet:")
+    if "://" in output:
+        print("  copy the folder to this machine, and then")
+        output = Path(output).name
     print(f"  python scripts/evaluate.py --protected {output} --clean THE_SOURCE --output eval/{Path(output).name}")
 
 

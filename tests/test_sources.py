@@ -1,7 +1,9 @@
 import io
 import tarfile
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
+import fsspec
 import numpy as np
 import PIL.Image
 import pytest
@@ -203,3 +205,74 @@ def test_streams_that_are_not_there(small: Dataset, tmp_path: Path, monkeypatch:
     monkeypatch.setattr(datasets.config, "HF_HUB_OFFLINE", True)
     with pytest.raises(FileNotFoundError, match="neither a path here nor a dataset"):
         sources.stream_split("nobody/nothing-at-all")
+
+
+@pytest.fixture
+def elsewhere(tmp_path: Path) -> Iterator[Callable[[Path, str], str]]:
+    """Copies a folder to an address; what lies there is gone afterwards."""
+    store = fsspec.filesystem("memory")
+
+    def copied(folder: Path, name: str) -> str:
+        for path in sorted(folder.rglob("*")):
+            if path.is_file():
+                store.pipe_file(f"/bucket/{name}/{path.relative_to(folder)}", path.read_bytes())
+        return f"memory://bucket/{name}"
+
+    yield copied
+    store.rm("/bucket", recursive=True)
+
+
+def test_parquet_at_an_address(
+    small: Dataset, tmp_path: Path, elsewhere: Callable[[Path, str], str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("datasets.config.HF_DATASETS_CACHE", tmp_path / "cache")
+    folder = in_files(small, tmp_path / "photos")
+    small.select(range(4)).to_parquet(folder / "test-0.parquet")
+    (folder / "record.json").write_text("{}")
+    url = elsewhere(folder, "photos")
+    stream = sources.stream_split(f"{url}/")
+    assert (stream.kind, stream.split, stream.count()) == ("parquet", "train", [7, 8, 9])
+    assert stream.features["label"] == small.features["label"]
+    assert np.array_equal(shown(stream, "img", 1, 3, 7, 3), pixels(small)[14:17])
+    assert sources.stream_split(url, "test").count() == [4]
+    assert sources.stream_split(f"{url}/train-1.parquet").count() == [8]
+    assert np.array_equal(pixels(sources.load_split(url, "train")), pixels(small))
+    again = sources.stream_split(url)
+    assert again.identity == sources.stream_split(url).identity
+    small.select(range(3)).to_parquet(folder / "train-1.parquet")
+    assert sources.stream_split(elsewhere(folder, "photos")).identity != again.identity
+    assert sources.public_name(url) == "photos", "a bucket's name is nobody's business"
+
+
+def test_pictures_at_an_address(tmp_path: Path, elsewhere: Callable[[Path, str], str]) -> None:
+    for i, picture in enumerate(noise_pictures(6)):
+        folder = tmp_path / "photos" / "train" / ("cat" if i % 2 else "dog")
+        folder.mkdir(parents=True, exist_ok=True)
+        PIL.Image.fromarray(picture).save(folder / f"{i}.png")
+    stream = sources.stream_split(elsewhere(tmp_path / "photos", "photos"))
+    assert (stream.kind, stream.count()) == ("imagefolder", [6])
+    assert stream.features["label"].names == ["cat", "dog"]
+    whole = sources.load_split(tmp_path / "photos")
+    assert np.array_equal(shown(stream, "image", 0, 1, 2), pixels(whole, "image")[2:])
+    assert [row["label"] for row in stream.read(0, 1)] == whole["label"][:]
+
+
+def test_addresses_with_nothing_or_too_much(
+    small: Dataset, tmp_path: Path, elsewhere: Callable[[Path, str], str]
+) -> None:
+    for load in (sources.load_split, sources.stream_split):
+        with pytest.raises(FileNotFoundError, match="there is nothing to read at memory://bucket/nothing"):
+            load("memory://bucket/nothing")
+        with pytest.raises(ValueError, match="nosuch"):
+            load("nosuch://bucket/photos")
+    mixed = in_files(small, tmp_path / "mixed")
+    PIL.Image.fromarray(noise_pictures(1)[0]).save(mixed / "train-9.png")
+    url = elsewhere(mixed, "mixed")
+    with pytest.raises(
+        ValueError, match=r"expected files of parquet, tar archives or pictures, got \['imagefolder', 'parquet'\]"
+    ):
+        sources.stream_split(url)
+    (tmp_path / "text").mkdir()
+    (tmp_path / "text" / "train.txt").write_text("words")
+    with pytest.raises(ValueError, match="got none of them"):
+        sources.stream_split(elsewhere(tmp_path / "text", "text"))

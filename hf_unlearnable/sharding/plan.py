@@ -21,7 +21,7 @@ from hf_unlearnable.poisons.base import Poison
 from hf_unlearnable.protect import PERCEPTUAL_ROWS, PREVIEW_ROWS, check_request, describe_key, label_column
 from hf_unlearnable.sharding.files import SUFFIXES, Container, form_of
 from hf_unlearnable.sharding.storage import Storage
-from hf_unlearnable.sources import Stream
+from hf_unlearnable.sources import Stream, public_name
 
 FOLDER = ".shards"
 PLAN = f"{FOLDER}/plan.json"
@@ -159,7 +159,7 @@ def terms_of(
         "compress_level": poison.compress_level,
         "key": describe_key(poison, record_seed),
         "source": {
-            "dataset": Path(stream.name).name if Path(stream.name).exists() else stream.name,
+            "dataset": public_name(stream.name),
             "split": stream.split,
             "identity": stream.identity,
             "features": stream.features.to_dict(),

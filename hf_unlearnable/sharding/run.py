@@ -114,6 +114,8 @@ def _check_place(storage: Storage, stream: Stream) -> None:
     source = Path(stream.name)
     if storage.local and source.exists() and source.resolve().is_relative_to(Path(storage.root).resolve()):
         raise FileExistsError(f"the output {storage.url} holds the source {stream.name}: choose another output")
+    if not storage.local and f"{stream.name.rstrip('/')}/".startswith(f"{storage.url.rstrip('/')}/"):
+        raise FileExistsError(f"the output {storage.url} holds the source {stream.name}: choose another output")
     found = storage.names()
     if "record.json" in found:
         raise FileExistsError(f"{storage.url} exists and is finished: choose another output")
