@@ -29,7 +29,7 @@ SECRET = bytes(range(32))
 NOISE = RandomNoisePoison(seed=SECRET)
 
 
-def make(source: Path, output: Path | str, poison: Poison = NOISE, **more: Any) -> list[int]:
+def make(source: Path | str, output: Path | str, poison: Poison = NOISE, **more: Any) -> list[int]:
     return protect_shards(stream_split(source), poison, output, **{"batch_size": 5, "progress": False, **more})
 
 
@@ -207,6 +207,22 @@ def test_a_run_at_work_is_left_alone(parquet: Path, tmp_path: Path, memory: Any)
             with pytest.raises(FileExistsError, match=r"this one made \[3\]"):
                 make(parquet, output)
         assert make(parquet, output) == [2]
+
+
+def test_from_one_address_to_another(
+    parquet: Path, small: Dataset, tmp_path: Path, memory: Any, read: Callable[[Path], Dataset]
+) -> None:
+    for path in parquet.rglob("*.parquet"):
+        memory.pipe_file(f"/bucket/photos/{path.name}", path.read_bytes())
+    for output in ("memory://bucket/photos", "memory://bucket/"):
+        with pytest.raises(FileExistsError, match="holds the source memory://bucket/photos"):
+            make("memory://bucket/photos", output)
+    make("memory://bucket/photos", "memory://bucket/out", shards=2)
+    record = merge("memory://bucket/out", progress=False)
+    assert record.source["dataset"] == "photos"
+    make(parquet, tmp_path / "out", shards=2)
+    assert merge(tmp_path / "out", progress=False).published["pixels_sha256"] == record.published["pixels_sha256"]
+    assert same_pixels(read(copied(memory, "/bucket/out", tmp_path / "copy")), NOISE.apply(small))
 
 
 def test_elsewhere_two_runs_make_the_same_bytes(parquet: Path, memory: Any, tmp_path: Path) -> None:

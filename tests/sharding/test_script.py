@@ -59,10 +59,17 @@ def test_three_shards_and_a_merge(
 
 
 def test_alone_it_merges_by_itself_into_any_storage(
-    parquet: Path, small: Dataset, tmp_path: Path, script: ModuleType, memory: Any, read: Callable[[Path], Dataset]
+    parquet: Path,
+    small: Dataset,
+    tmp_path: Path,
+    script: ModuleType,
+    memory: Any,
+    read: Callable[[Path], Dataset],
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
     command = ["--dataset", str(parquet), "--streaming", "--poison", "cuda", "--seed", "7", "--record-seed"]
     script.main([*command, "--output", "memory://bucket/protected", "--num-shards", "2"])
+    assert "copy the folder to this machine, and then" in capsys.readouterr().out, "evaluate.py reads folders alone"
     here = copied(memory, "/bucket/protected", tmp_path / "copy")
     assert sorted(p.name for p in here.iterdir()) == ["README.md", "data", "preview.png", "record.json"]
     assert Record.load(here / "record.json").key == {"kind": "int", "commitment": None, "seed": 7}
