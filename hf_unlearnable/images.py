@@ -7,11 +7,12 @@ import hashlib
 import io
 import os
 import sys
+import threading
 from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import cache
-from typing import Any, Literal, TypeAlias
+from typing import Any, Literal, TypeAlias, TypeVar
 
 import multiprocess.process
 import numpy as np
@@ -27,8 +28,10 @@ Pixels: TypeAlias = UInt8[Tensor, "b 3 h w"]
 Labels: TypeAlias = Int[Tensor, "b"]
 ImageFormat: TypeAlias = Literal["png", "webp"]
 
+T = TypeVar("T")
+R = TypeVar("R")
 _IN_PARENT = os.getpid()
-_MOST_THREADS = min(os.cpu_count() or 1, 16)
+MOST_THREADS = min(os.cpu_count() or 1, 16)
 
 
 @dataclass(frozen=True)
@@ -87,16 +90,40 @@ def one_thread_in_workers() -> None:
 
 @cache
 def _threads(pid: int) -> ThreadPoolExecutor:
-    return ThreadPoolExecutor(max_workers=_MOST_THREADS, thread_name_prefix=f"pictures-{pid}")
+    """Threads in which torch uses no further threads of its own.
+
+    Else it would have more threads at work than there are processors, upon which OpenMP lets those of the caller sleep
+    between operations from then on: small ones, as in training a small network, then take three times as long.
+    """
+    own, all_there = torch.get_num_threads(), threading.Barrier(MOST_THREADS)
+    pool = ThreadPoolExecutor(MOST_THREADS, f"pictures-{pid}", initializer=_one_thread)
+    list(pool.map(lambda _: all_there.wait(), range(MOST_THREADS)))
+    torch.set_num_threads(own)  # the last number that was set anywhere is what threads begun later start with
+    return pool
 
 
-def _threaded(function: Any, items: Sequence[Any]) -> list[Any]:
-    if len(items) < 8 or in_worker_process():
+def _one_thread() -> None:
+    torch.get_num_threads()  # the first look in a thread takes over the number that was set last
+    torch.set_num_threads(1)
+
+
+def in_threads(function: Callable[[T], R], items: Sequence[T]) -> list[R]:
+    """What the function makes of each item, in order; one after the other in a worker process, and where there are few.
+
+    The function may not call this itself.
+    """
+    if len(items) < 2 or in_worker_process():
         return [function(item) for item in items]
-    pool = _threads(os.getpid())
-    size = -(-len(items) // (4 * _MOST_THREADS))
+    return list(_threads(os.getpid()).map(function, items))
+
+
+def _threaded(function: Callable[[T], R], items: Sequence[T]) -> list[R]:
+    """`in_threads` for many small tasks."""
+    if len(items) < 8:
+        return [function(item) for item in items]
+    size = -(-len(items) // (4 * MOST_THREADS))
     parts = [items[start : start + size] for start in range(0, len(items), size)]
-    return [result for part in pool.map(lambda part: [function(item) for item in part], parts) for result in part]
+    return [result for part in in_threads(lambda part: [function(item) for item in part], parts) for result in part]
 
 
 def _bytes_of(value: dict[str, Any], where: str) -> bytes:

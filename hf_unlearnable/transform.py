@@ -15,6 +15,7 @@ from datasets import Dataset, DatasetDict, Image, IterableDataset
 from hf_unlearnable import columns
 from hf_unlearnable.environment import keep_freed_memory
 from hf_unlearnable.images import (
+    MOST_THREADS,
     ImageFormat,
     Labels,
     Picture,
@@ -22,6 +23,7 @@ from hf_unlearnable.images import (
     decode_many,
     encode,
     encode_many,
+    in_threads,
     one_thread_in_workers,
     to_pil,
 )
@@ -59,6 +61,8 @@ class Transform:
     name: ClassVar[str]
     version: ClassVar[int] = 1
     """Raised whenever the pixels a transform makes change: caches of an older version are then not reused."""
+    pure: ClassVar[bool] = False
+    """Whether `change` is arithmetic alone, without networks: on a CPU, parts of a batch then go to several threads."""
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
         super().__init_subclass__(**kwargs)
@@ -284,7 +288,8 @@ class Transform:
         Args:
             where: what each row is called in errors.
         """
-        if torch.device(self.device).type == "cpu":
+        here = torch.device(self.device).type == "cpu"
+        if here:
             keep_freed_memory()
         changed = list(pictures)
         sizes: dict[torch.Size, list[int]] = {}
@@ -293,11 +298,20 @@ class Transform:
             rows_to_change = rows_to_change[np.argsort(np.asarray(labels)[rows_to_change], kind="stable")]
         for row in rows_to_change.tolist():
             sizes.setdefault(pictures[row].pixels.shape, []).append(row)
-        for rows in _bounded(sizes, VALUES_AT_ONCE.get(torch.device(self.device).type, 100_000_000)):
+        most = VALUES_AT_ONCE.get(torch.device(self.device).type, 100_000_000)
+        if here and self.pure:
+            values = sum(shape.numel() * len(rows) for shape, rows in sizes.items())
+            most = min(most, -(-values // MOST_THREADS))
+
+        def change(rows: list[int]) -> Pixels:
             pixels = torch.stack([pictures[row].pixels for row in rows]).to(self.device)
             y = None if labels is None else torch.tensor([labels[row] for row in rows], device=self.device)
             with torch.no_grad():
-                new = self.change(pixels, y, [where[row] for row in rows]).cpu()
+                return self.change(pixels, y, [where[row] for row in rows]).cpu()
+
+        parts = list(_bounded(sizes, most))
+        made = in_threads(change, parts) if here and self.pure else map(change, parts)
+        for rows, new in zip(parts, made, strict=True):
             for position, row in enumerate(rows):
                 changed[row] = Picture(new[position], pictures[row].alpha)
         return changed

@@ -279,3 +279,17 @@ def test_what_was_encoded_is_read_back_where_rows_are_named(
 def test_the_parent_is_no_worker() -> None:
     assert not images.in_worker_process()
     assert os.getpid() == images._IN_PARENT
+
+
+def test_threads_have_one_torch_thread_each_and_the_caller_keeps_its_own() -> None:
+    own = torch.get_num_threads()
+    try:
+        torch.set_num_threads(3)
+        images._threads.cache_clear()
+        large = torch.ones(200_000)
+        found = images.in_threads(lambda _: (float(large.mul(2).sum()), torch.get_num_threads()), range(40))
+        assert {threads for _, threads in found} == {1}
+        assert torch.get_num_threads() == 3
+        assert images.in_threads(lambda item: -item, [3, 1, 2]) == [-3, -1, -2]
+    finally:
+        torch.set_num_threads(own)

@@ -59,6 +59,7 @@ class ArPoison(Poison):
     """
 
     name: ClassVar[str] = "ar"
+    pure: ClassVar[bool] = True
 
     norm: Literal["l2", "linf"] = "l2"
     epsilon: float | None = None

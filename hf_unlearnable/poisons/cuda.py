@@ -45,6 +45,7 @@ class CudaPoison(Poison):
     """
 
     name: ClassVar[str] = "cuda"
+    pure: ClassVar[bool] = True
 
     kernel_size: int | None = None
     blur: float | None = None

@@ -46,6 +46,7 @@ class LspPoison(Poison):
     """
 
     name: ClassVar[str] = "lsp"
+    pure: ClassVar[bool] = True
 
     patch: int | None = None
     l2_radius: float | None = None

@@ -26,6 +26,7 @@ class RandomNoisePoison(Poison):
     """
 
     name: ClassVar[str] = "random-noise"
+    pure: ClassVar[bool] = True
 
     epsilon: float = 8 / 255
 

@@ -42,6 +42,7 @@ class OpsPoison(Poison):
     """
 
     name: ClassVar[str] = "ops"
+    pure: ClassVar[bool] = True
 
     pixels: tuple[tuple[tuple[int, int, int], ...], ...] = field(repr=False)
     size: tuple[int, int]
