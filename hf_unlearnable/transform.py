@@ -32,6 +32,8 @@ D = TypeVar("D", Dataset, DatasetDict, IterableDataset)
 _CHECK_COLUMN = "__stored_sha256__"
 VALUES_AT_ONCE = {"cpu": 1_000_000}
 """Values of pictures that are changed together: on a CPU as many as its caches hold, on an accelerator many more."""
+LEAST_AT_ONCE = 250_000
+"""Values that are worth a thread of their own."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -301,7 +303,7 @@ class Transform:
         most = VALUES_AT_ONCE.get(torch.device(self.device).type, 100_000_000)
         if here and self.pure:
             values = sum(shape.numel() * len(rows) for shape, rows in sizes.items())
-            most = min(most, -(-values // MOST_THREADS))
+            most = min(most, max(LEAST_AT_ONCE, -(-values // MOST_THREADS)))
 
         def change(rows: list[int]) -> Pixels:
             pixels = torch.stack([pictures[row].pixels for row in rows]).to(self.device)
