@@ -22,7 +22,7 @@ from hf_unlearnable.poisons.with_surrogate import SurrogatePoison
 from hf_unlearnable.surrogate import Surrogate
 from hf_unlearnable.transform import Transform
 
-__version__ = "0.1.0"
+__version__ = "0.2.0"
 
 __all__ = [
     "ArPoison",

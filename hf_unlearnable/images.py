@@ -47,8 +47,11 @@ def to_float(pixels: UInt8[Tensor, "*b 3 h w"]) -> Float[Tensor, "*b 3 h w"]:
     return pixels.to(torch.float32).div_(torch.tensor(255.0, device=pixels.device))
 
 
-def to_uint8(x: Float[Tensor, "*b 3 h w"]) -> UInt8[Tensor, "*b 3 h w"]:
+def to_uint8(x: Float[Tensor, "*b 3 h w"], where: Sequence[str] | None = None) -> UInt8[Tensor, "*b 3 h w"]:
     """The one rounding: nearest of 256 levels (ties to even), then clamped to [0, 255].
+
+    Args:
+        where: what each row is called in errors (default: its place in the batch).
 
     Raises:
         ValueError: `x` holds NaN; names the first row.
@@ -57,7 +60,8 @@ def to_uint8(x: Float[Tensor, "*b 3 h w"]) -> UInt8[Tensor, "*b 3 h w"]:
     if torch.isnan(levels.sum()):
         rows = torch.isnan(levels).flatten(1).any(1).nonzero().flatten().tolist() if x.dim() == 4 else [0]
         if rows:
-            raise ValueError(f"expected pictures of numbers in [0, 1], got NaN in row {rows[0]} of the batch")
+            at = f"row {rows[0]} of the batch" if where is None else where[rows[0]]
+            raise ValueError(f"expected pictures of numbers in [0, 1], got NaN in {at}")
     return levels.clamp_(0, 255).to(torch.uint8)
 
 
@@ -97,7 +101,7 @@ def _threads(pid: int) -> ThreadPoolExecutor:
     """
     own, all_there = torch.get_num_threads(), threading.Barrier(MOST_THREADS)
     pool = ThreadPoolExecutor(MOST_THREADS, f"pictures-{pid}", initializer=_one_thread)
-    list(pool.map(lambda _: all_there.wait(), range(MOST_THREADS)))
+    list(pool.map(lambda _: all_there.wait(timeout=60), range(MOST_THREADS)))
     torch.set_num_threads(own)  # the last number that was set anywhere is what threads begun later start with
     return pool
 
@@ -135,8 +139,14 @@ def _bytes_of(value: dict[str, Any], where: str) -> bytes:
     if "::" in path or "://" in path:
         import fsspec
 
-        with fsspec.open(path, "rb") as file:
-            return file.read()  # type: ignore[union-attr]
+        try:
+            with fsspec.open(path, "rb") as file:
+                return file.read()  # type: ignore[union-attr]
+        except (FileNotFoundError, PermissionError) as error:
+            told = "no such file" if isinstance(error, FileNotFoundError) else "permission denied"
+            raise ValueError(f"{where}: expected a readable picture file, got {told}") from error
+        except OSError as error:
+            raise OSError(f"{where}: reading the picture failed with {type(error).__name__}: {error}") from error
     try:
         with open(path, "rb") as file:
             return file.read()
@@ -146,7 +156,7 @@ def _bytes_of(value: dict[str, Any], where: str) -> bytes:
 
 # torchvision's codecs are several times faster than PIL's on small pictures and run in threads. Its Python functions
 # are announced for removal, so its operators are used where they exist and give PIL's pixels, PIL everywhere else.
-_JPEG_UNCHANGED = 0
+_UNCHANGED = 0
 
 
 def _operator(name: str) -> Callable[..., Tensor] | None:
@@ -188,7 +198,7 @@ def _decode_jpeg_bytes(data: bytes) -> Tensor | None:
     if _decode_jpeg is None:
         return None
     try:
-        return _decode_jpeg(torch.frombuffer(bytearray(data), dtype=torch.uint8), _JPEG_UNCHANGED, False)
+        return _decode_jpeg(torch.frombuffer(bytearray(data), dtype=torch.uint8), _UNCHANGED, False)
     except (RuntimeError, TypeError):
         return None
 
@@ -368,7 +378,8 @@ def _holds(data: bytes, picture: Picture, where: str) -> bool:
     """Whether bytes that were just made decode to the picture."""
     if _decode_png is not None and picture.alpha is None and data[:4] == b"\x89PNG":
         try:
-            if torch.equal(_decode_png(torch.frombuffer(bytearray(data), dtype=torch.uint8)), picture.pixels):
+            read = _decode_png(torch.frombuffer(bytearray(data), dtype=torch.uint8), _UNCHANGED, False)
+            if torch.equal(read, picture.pixels):
                 return True
         except (RuntimeError, TypeError):
             pass

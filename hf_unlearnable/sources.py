@@ -11,6 +11,7 @@ from difflib import get_close_matches
 from itertools import islice
 from pathlib import Path
 from typing import Any
+from urllib.parse import urlsplit
 
 import fsspec
 import PIL.Image
@@ -85,7 +86,8 @@ def _load(source: str, config: str | None) -> Dataset | DatasetDict:
         return whole
     if "://" in source:
         kind, files = _files_elsewhere(source)
-        return _as_dict(load_dataset(kind, data_files=files))
+        state = json.dumps([_told(file, Path()) for some in files.values() for file in some])
+        return _as_dict(load_dataset(kind, data_files=files, cache_dir=_cache_folder(hashlib.sha256(state.encode()))))
     _check_there(source)
     path = Path(source)
     if not path.exists():
@@ -104,26 +106,37 @@ def _load(source: str, config: str | None) -> Dataset | DatasetDict:
 
 def _files_elsewhere(url: str) -> tuple[str, dict[str, list[str]]]:
     """How the files below an address are read, and which they are, split by split as `datasets` tells them apart."""
-    kinds = {".parquet": "parquet", ".tar": "webdataset"}
+    url, kinds = url.rstrip("/"), {".parquet": "parquet", ".tar": "webdataset"}
+    if (suffix := _suffix(url)) in kinds:
+        return kinds[suffix], {"train": [url]}
+    kinds |= dict.fromkeys(PIL.Image.registered_extensions(), "imagefolder")
     try:
-        if (suffix := os.path.splitext(url)[1]) in kinds:
-            return kinds[suffix], {"train": [url]}
-        found = DataFilesDict.from_patterns(get_data_patterns(url.rstrip("/")), base_path=url.rstrip("/"))
+        found = DataFilesDict.from_patterns(get_data_patterns(url), base_path=url)
+        filesystem, root = fsspec.url_to_fs(url)
     except (EmptyDatasetError, FileNotFoundError) as error:
         raise FileNotFoundError(f"there is nothing to read at {url}") from error
     except ImportError as error:
         raise ValueError(f"{url}: {error}") from error
-    kinds |= dict.fromkeys(PIL.Image.registered_extensions(), "imagefolder")
-    files = {
-        str(split): [file for file in some if os.path.splitext(file)[1].lower() in kinds]
-        for split, some in found.items()
-    }
-    seen = {kinds[os.path.splitext(file)[1].lower()] for some in files.values() for file in some}
+    files = {str(split): [file for file in some if _suffix(file) in kinds] for split, some in found.items()}
+    seen = {kinds[_suffix(file)] for some in files.values() for file in some}
     if len(seen) != 1:
-        raise ValueError(
-            f"{url}: expected files of parquet, tar archives or pictures, got {sorted(seen) or 'none of them'}"
-        )
-    return seen.pop(), {split: some for split, some in files.items() if some}
+        got = sorted(seen) or "none of them"
+        raise ValueError(f"{url}: expected files of parquet, tar archives or pictures, got {got}")
+    kind = seen.pop()
+    if kind == "imagefolder":
+        everything = filesystem.find(root)
+        pictures = sum(_suffix(file) in kinds for file in everything)
+        _check_counted(url, pictures, {split: len(some) for split, some in files.items()})
+        for file in everything:
+            if os.path.basename(file) in ("metadata.csv", "metadata.jsonl", "metadata.parquet"):
+                raise ValueError(
+                    f"{url} holds a {os.path.basename(file)}, which is read on this machine alone: copy it"
+                )
+    return kind, {split: some for split, some in files.items() if some}
+
+
+def _suffix(file: str) -> str:
+    return os.path.splitext(file)[1].lower()
 
 
 def _check_nothing_left_out(folder: Path, found: dict[str, int]) -> None:
@@ -131,11 +144,16 @@ def _check_nothing_left_out(folder: Path, found: dict[str, int]) -> None:
     files = [path for path in folder.rglob("*") if path.is_file() and not path.name.startswith(".")]
     suffixes = PIL.Image.registered_extensions()
     pictures = sum(path.suffix.lower() in suffixes for path in files)
+    if not any(path.suffix in (".parquet", ".arrow", ".csv", ".jsonl", ".tar") for path in files):
+        _check_counted(str(folder), pictures, found)
+
+
+def _check_counted(folder: str, pictures: int, found: dict[str, int]) -> None:
     rows = sum(found.values())
-    if pictures > rows and not any(path.suffix in (".parquet", ".arrow", ".csv", ".jsonl", ".tar") for path in files):
+    if pictures > rows:
         raise ValueError(
             f"{folder} holds {pictures} pictures, but {rows} were read, as {list(found)}: is a class "
-            f"folder named like a split? Put the class folders into {folder / 'train'}"
+            f"folder named like a split? Put the class folders into {folder}/train"
         )
 
 
@@ -270,7 +288,8 @@ def _told(file: str, root: Path) -> str:
     if "://" in file and not file.startswith("hf://"):
         filesystem, inner = fsspec.url_to_fs(file)
         info = filesystem.info(inner)
-        return f"{file} {info.get('size')} {info.get('ETag') or info.get('etag') or info.get('md5Hash')}"
+        tags = ("ETag", "etag", "md5Hash", "mtime", "LastModified", "created")
+        return f"{file} {info.get('size')} {next((info[tag] for tag in tags if info.get(tag)), None)}"
     if not os.path.exists(file):
         return file
     inner = os.path.relpath(file, root if root.is_dir() else root.parent)
@@ -303,6 +322,10 @@ def _cache_of(path: Path) -> str:
         for name in sorted(names):
             found = os.stat(os.path.join(folder, name))
             state.update(f"{folder}/{name} {found.st_size} {found.st_mtime_ns}\n".encode())
+    return _cache_folder(state)
+
+
+def _cache_folder(state: Any) -> str:
     return os.path.join(HF_DATASETS_CACHE, "hf_unlearnable", state.hexdigest()[:32])
 
 
@@ -313,8 +336,11 @@ def _as_dict(found: object) -> DatasetDict:
 
 
 def public_name(source: str) -> str:
-    """What a record says of a source: a Hub id; of a path or an address its last part alone, as they are private."""
-    return Path(source).name if "://" in source or Path(source).exists() else source
+    """What a record says of a source: a Hub id; of a path or an address the last folder or file alone, as they are
+    private (of a bucket as a whole: "bucket")."""
+    if "://" in source:
+        return urlsplit(source).path.rstrip("/").rpartition("/")[2] or "bucket"
+    return Path(source).name if Path(source).exists() else source
 
 
 def near(name: str, names: Iterable[str]) -> str:

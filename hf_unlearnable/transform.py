@@ -206,7 +206,7 @@ class Transform:
         plain = dataset.with_format(None).cast_column(image, Image(decode=False))
         chosen = self.chosen_exactly(plain, image, label)
         function = _Indexed(replace(self, image_column=image, label_column=label), image, label, chosen)
-        state = json.dumps([plain._fingerprint, self.cache_state()], sort_keys=True)
+        state = json.dumps([plain._fingerprint, self.cache_state(), _CHECK_COLUMN], sort_keys=True)
         fingerprint = hashlib.sha256(state.encode()).hexdigest()[:32]
         stored = plain.map(
             function,

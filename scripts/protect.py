@@ -61,7 +61,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument(
         "--dataset",
         required=not known.merge,
-        help="Hub id, folder of pictures, parquet, save_to_disk, an address of these (s3://...), or demo",
+        help="Hub id, folder of pictures, parquet, save_to_disk, an address of parquet or pictures (s3://...), or demo",
     )
     parser.add_argument("--config", help="configuration of a Hub dataset")
     parser.add_argument("--split", help="default: the only one, or train")

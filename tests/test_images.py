@@ -39,8 +39,10 @@ def test_rounding_is_to_nearest_then_clamped() -> None:
 def test_nan_is_named() -> None:
     x = torch.zeros(4, 3, 2, 2)
     x[2, 1, 0, 0] = float("nan")
-    with pytest.raises(ValueError, match="NaN in row 2"):
+    with pytest.raises(ValueError, match="NaN in row 2 of the batch"):
         images.to_uint8(x)
+    with pytest.raises(ValueError, match="NaN in row 17$"):
+        images.to_uint8(x, ["row 3", "row 9", "row 17", "row 20"])
 
 
 @pytest.mark.parametrize("image_format", ["png", "webp"])
@@ -279,6 +281,15 @@ def test_what_was_encoded_is_read_back_where_rows_are_named(
 def test_the_parent_is_no_worker() -> None:
     assert not images.in_worker_process()
     assert os.getpid() == images._IN_PARENT
+
+
+def test_plain_pictures_are_read_back_by_the_faster_decoder(monkeypatch: pytest.MonkeyPatch) -> None:
+    pictures = [images.Picture(one) for one in torch.from_numpy(noise_pictures(9)).permute(0, 3, 1, 2).contiguous()]
+    with monkeypatch.context() as patch:
+        patch.setattr(images, "decode", None)
+        assert len(images.encode_many(pictures, where=["row"] * 9)) == 9
+    monkeypatch.setattr(images, "_decode_png", None)
+    assert len(images.encode_many(pictures, where=["row"] * 9)) == 9, "where torchvision has no operator"
 
 
 def test_threads_have_one_torch_thread_each_and_the_caller_keeps_its_own() -> None:

@@ -10,7 +10,7 @@ import pytest
 from datasets import Dataset, DatasetDict
 
 from hf_unlearnable import demo, sources
-from hf_unlearnable.images import decode
+from hf_unlearnable.images import decode, decode_many
 from tests.conftest import noise_pictures, pixels
 
 
@@ -241,7 +241,26 @@ def test_parquet_at_an_address(
     assert again.identity == sources.stream_split(url).identity
     small.select(range(3)).to_parquet(folder / "train-1.parquet")
     assert sources.stream_split(elsewhere(folder, "photos")).identity != again.identity
-    assert sources.public_name(url) == "photos", "a bucket's name is nobody's business"
+    url = elsewhere(folder, "photos")
+    assert len(sources.load_split(url, "train")) == 19, "what changed is read anew"
+
+
+@pytest.mark.parametrize(
+    ("source", "told"),
+    [
+        ("s3://bucket/private/photos", "photos"),
+        ("s3://bucket/photos/", "photos"),
+        ("s3://bucket", "bucket"),
+        ("s3://secret-bucket/", "bucket"),
+        ("s3://KEY:SECRET@store", "bucket"),
+        ("https://host/photos.parquet?sig=SECRET", "photos.parquet"),
+        ("https://host/get?sig=SECRET&f=x.parquet", "get"),
+        ("demo", "demo"),
+        ("someone/photos", "someone/photos"),
+    ],
+)
+def test_records_tell_neither_buckets_nor_keys(source: str, told: str) -> None:
+    assert sources.public_name(source) == told
 
 
 def test_pictures_at_an_address(tmp_path: Path, elsewhere: Callable[[Path, str], str]) -> None:
@@ -255,6 +274,25 @@ def test_pictures_at_an_address(tmp_path: Path, elsewhere: Callable[[Path, str],
     whole = sources.load_split(tmp_path / "photos")
     assert np.array_equal(shown(stream, "image", 0, 1, 2), pixels(whole, "image")[2:])
     assert [row["label"] for row in stream.read(0, 1)] == whole["label"][:]
+    for name in ("train", "left", "right"):
+        (tmp_path / "split" / name).mkdir(parents=True)
+        PIL.Image.fromarray(noise_pictures(1)[0]).save(tmp_path / "split" / name / "0.png")
+    url = elsewhere(tmp_path / "split", "split")
+    with pytest.raises(ValueError, match=r"holds 3 pictures, but 1 were read, as \['train'\]"):
+        sources.stream_split(url)
+    (tmp_path / "photos" / "train" / "metadata.csv").write_text("file_name,caption\n")
+    with pytest.raises(ValueError, match=r"holds a metadata.csv, which is read on this machine alone"):
+        sources.stream_split(elsewhere(tmp_path / "photos", "told"))
+
+
+def test_a_picture_that_went_away_is_its_row(tmp_path: Path, elsewhere: Callable[[Path, str], str]) -> None:
+    for i, picture in enumerate(noise_pictures(2)):
+        (tmp_path / "photos").mkdir(exist_ok=True)
+        PIL.Image.fromarray(picture).save(tmp_path / "photos" / f"{i}.png")
+    rows = list(sources.stream_split(elsewhere(tmp_path / "photos", "photos")).read(0, 1))
+    fsspec.filesystem("memory").rm_file("/bucket/photos/1.png")
+    with pytest.raises(ValueError, match="^row 1: expected a readable picture file, got no such file$"):
+        decode_many([row["image"] for row in rows], where=["row 0", "row 1"])
 
 
 def test_addresses_with_nothing_or_too_much(

@@ -431,3 +431,11 @@ def test_a_later_map_that_hands_pictures_back_keeps_them(small: Dataset) -> None
     protected = RandomNoisePoison(seed=bytes(32)).apply(small)
     again = protected.map(lambda row: {"img": row["img"]})
     assert np.array_equal(pixels(again), pixels(protected))
+
+
+def test_another_way_to_check_makes_another_cache(small: Dataset, monkeypatch: pytest.MonkeyPatch) -> None:
+    first = Invert().apply(small)
+    monkeypatch.setattr("hf_unlearnable.transform._CHECK_COLUMN", "__stored_otherwise__")
+    second = Invert().apply(small)
+    assert second._fingerprint != first._fingerprint
+    assert np.array_equal(pixels(first), pixels(second))

@@ -92,8 +92,8 @@ def _of_detector(found: dict[str, Any], own: dict[str, Any], how: dict[str, Any]
         f"(one trained on the clean rows: {rows[1][2]}); the verdict at {_percent(score['threshold'])}: {rows[1][3]}.",
         *_table(["network", "published", "clean", "verdict"], rows),
         f"{_epochs(epochs)}{paper}. Always answering with the commonest class gives {_percent(score['chance'])}. A "
-        "verdict is no proof: it warns a trainer, and shows that something simple names the class, or something that "
-        "does not change with the brightness.",
+        "verdict is no proof: it warns a trainer, and shows that something simple names the class"
+        + (", or something that does not change with the brightness." if "bias_shift" in found else "."),
     ]
 
 

@@ -59,7 +59,6 @@ class ArPoison(Poison):
     """
 
     name: ClassVar[str] = "ar"
-    pure: ClassVar[bool] = True
 
     norm: Literal["l2", "linf"] = "l2"
     epsilon: float | None = None
@@ -92,7 +91,7 @@ class ArPoison(Poison):
         margin = 2 if large else 4
         rows, columns = height + margin, width + margin
         labels = y.cpu().numpy()
-        weights = _coefficients(self.seed, 1 << int(labels.max()).bit_length(), large)
+        weights = _coefficients(self.seed, 1 << max(4, int(labels.max()).bit_length()), large)
         starts = draws.normal(3, 2 * columns + 2 * (rows - 2), purpose="start").numpy()
         budget = self.budget_for(height, width)
         delta = np.empty((len(x), 3, height, width), dtype=np.float32)

@@ -78,7 +78,7 @@ class Poison(Transform):
             )
         height, width = pixels.shape[2:]
         try:
-            poisoned = to_uint8(self.perturb(to_float(pixels), labels, Draws(self.seed, self.name, pixels)))
+            poisoned = to_uint8(self.perturb(to_float(pixels), labels, Draws(self.seed, self.name, pixels)), where)
         except (ValueError, FloatingPointError) as error:
             kind = type(error) if type(error) is FloatingPointError else ValueError
             raise kind(f"{where[0]} and the others of {height} x {width} pixels with it: {error}") from error

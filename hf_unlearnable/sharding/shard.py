@@ -192,6 +192,6 @@ class _Work:
             else:
                 key, label, wanted = row, -1, row in self.plan.preview_rows or not self.pairs
             if wanted:
-                self.pairs[key] = (row, label, clean[i], published[i])
+                self.pairs[key] = (row, label, clean[i], Picture(published[i].pixels.clone(), published[i].alpha))
                 if self.label and len(self.pairs) > PREVIEW_ROWS:
                     del self.pairs[max(self.pairs)]

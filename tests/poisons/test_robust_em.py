@@ -171,7 +171,7 @@ def test_the_noise_lowers_the_loss_of_the_surrogate(surrogate: Surrogate, batche
 
 
 def test_the_surrogate_runs_in_the_layout_that_its_convolutions_are_fastest_in(
-    surrogate: Surrogate, batches: Batches
+    surrogate: Surrogate, batches: Batches, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     poison = poison_of(surrogate)
     seen: list[bool] = []
@@ -183,6 +183,10 @@ def test_the_surrogate_runs_in_the_layout_that_its_convolutions_are_fastest_in(
     hook.remove()
     assert seen
     assert all(seen)
+    given: list[torch.Tensor] = []
+    monkeypatch.setattr(type(poison), "craft", lambda _, x, *rest: given.append(x) or x)
+    poison.perturb(as_input(batches.pixels[:4]).contiguous(), batches.labels[:4], Draws(0, "name", batches.pixels[:4]))
+    assert given[0].is_contiguous(memory_format=torch.channels_last)
     assert made.is_contiguous()
 
 
