@@ -296,7 +296,7 @@ class Transform:
         changed = list(pictures)
         sizes: dict[torch.Size, list[int]] = {}
         rows_to_change = np.flatnonzero(mask)
-        if labels is not None:  # rows of a class beside each other
+        if labels is not None and self.pure:  # rows of a class beside each other
             rows_to_change = rows_to_change[np.argsort(np.asarray(labels)[rows_to_change], kind="stable")]
         for row in rows_to_change.tolist():
             sizes.setdefault(pictures[row].pixels.shape, []).append(row)

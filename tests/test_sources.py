@@ -225,7 +225,7 @@ def elsewhere(tmp_path: Path) -> Iterator[Callable[[Path, str], str]]:
 def test_parquet_at_an_address(
     small: Dataset, tmp_path: Path, elsewhere: Callable[[Path, str], str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("datasets.config.HF_DATASETS_CACHE", tmp_path / "cache")
+    monkeypatch.setattr("datasets.config.HF_HUB_OFFLINE", False)  # it is about addresses of any kind
     folder = in_files(small, tmp_path / "photos")
     small.select(range(4)).to_parquet(folder / "test-0.parquet")
     (folder / "record.json").write_text("{}")
