@@ -92,9 +92,13 @@ class CudaPoison(Poison):
         for label in which.unique().tolist():
             rows = (which == label).nonzero().flatten()
             first, last = int(rows[0]), int(rows[-1])
-            part = slice(first, last + 1) if last - first < len(rows) else rows  # a slice is not copied
-            blurred = _correlate(x[part], weights[label])
-            poisoned[part] = blurred / blurred.amax(dim=(1, 2, 3), keepdim=True).clamp_min_(1)
+            adjacent = last - first < len(rows)  # then nothing is copied around
+            blurred = _correlate(x[first : last + 1] if adjacent else x.index_select(0, rows), weights[label])
+            largest = blurred.amax(dim=(1, 2, 3), keepdim=True).clamp_min_(1)
+            if adjacent:
+                torch.div(blurred, largest, out=poisoned[first : last + 1])
+            else:
+                poisoned.index_copy_(0, rows, blurred / largest)
         return poisoned
 
 
