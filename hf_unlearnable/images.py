@@ -97,7 +97,7 @@ def _threads(pid: int) -> ThreadPoolExecutor:
     """Threads in which torch uses no further threads of its own.
 
     Else it would have more threads at work than there are processors, upon which OpenMP lets those of the caller sleep
-    between operations from then on: small ones, as in training a small network, then take three times as long.
+    between operations from then on, which small ones, as in training a small network, are slower by.
     """
     own, all_there = torch.get_num_threads(), threading.Barrier(MOST_THREADS)
     pool = ThreadPoolExecutor(MOST_THREADS, f"pictures-{pid}", initializer=_one_thread)
@@ -181,7 +181,7 @@ def _jpeg_decoders_agree() -> bool:
     for options in ({"quality": 75}, {"quality": 92, "subsampling": 0}, {"quality": 30, "progressive": True}):
         buffer = io.BytesIO()
         PIL.Image.fromarray(_test_picture()).save(buffer, "JPEG", **options)
-        ours = _decode_jpeg_bytes(buffer.getvalue())
+        ours = _decode_by(_decode_jpeg, buffer.getvalue())
         if ours is None or not np.array_equal(ours.permute(1, 2, 0).numpy(), np.asarray(PIL.Image.open(buffer))):
             return False
     return True
@@ -194,11 +194,12 @@ def _png_encoder_agrees() -> bool:
     return data is not None and np.array_equal(np.asarray(PIL.Image.open(io.BytesIO(data))), _test_picture())
 
 
-def _decode_jpeg_bytes(data: bytes) -> Tensor | None:
-    if _decode_jpeg is None:
+def _decode_by(operator: Callable[..., Tensor] | None, data: bytes) -> Tensor | None:
+    """What an operator makes of the bytes; None where there is none, or where it refuses them."""
+    if operator is None:
         return None
     try:
-        return _decode_jpeg(torch.frombuffer(bytearray(data), dtype=torch.uint8), _UNCHANGED, False)
+        return operator(torch.frombuffer(bytearray(data), dtype=torch.uint8), _UNCHANGED, False)
     except (RuntimeError, TypeError):
         return None
 
@@ -219,7 +220,7 @@ def _decode_plain(data: bytes) -> Tensor | None:
     """
     if data[:3] != b"\xff\xd8\xff" or b"Exif\0\0" in data or b"Orientation" in data or not _jpeg_decoders_agree():
         return None
-    pixels = _decode_jpeg_bytes(data)
+    pixels = _decode_by(_decode_jpeg, data)
     return pixels if pixels is not None and pixels.shape[0] == 3 else None
 
 
@@ -376,13 +377,10 @@ def encode_many(
 
 def _holds(data: bytes, picture: Picture, where: str) -> bool:
     """Whether bytes that were just made decode to the picture."""
-    if _decode_png is not None and picture.alpha is None and data[:4] == b"\x89PNG":
-        try:
-            read = _decode_png(torch.frombuffer(bytearray(data), dtype=torch.uint8), _UNCHANGED, False)
-            if torch.equal(read, picture.pixels):
-                return True
-        except (RuntimeError, TypeError):
-            pass
+    if picture.alpha is None and data[:4] == b"\x89PNG":
+        pixels = _decode_by(_decode_png, data)
+        if pixels is not None and torch.equal(pixels, picture.pixels):
+            return True
     read = decode(data, where=f"{where}, read back")
     if (read.alpha is None) != (picture.alpha is None) or not torch.equal(read.pixels, picture.pixels):
         return False

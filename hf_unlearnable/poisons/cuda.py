@@ -157,7 +157,7 @@ def _correlate_by_shifts(x: Images, kernel: Float[Tensor, "k k"]) -> Images:
 
 
 def _correlate_by_blocks(x: Images, kernel: Float[Tensor, "k k"]) -> Images:
-    """Blocks of neighbouring pixels become channels: one dense convolution, many times faster than a depthwise one.
+    """Blocks of neighbouring pixels become channels: one dense convolution, several times faster than a depthwise one.
 
     It makes blocks of _ROWS x `size` outputs out of columns in blocks of `size`, of which a block of outputs needs its
     own and the next (the picture is shifted by the padding). Rows cut into blocks are channels-last as they lie in
