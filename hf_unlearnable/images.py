@@ -317,6 +317,11 @@ def decode_many(values: Iterable[Any], *, where: Sequence[str] | None = None) ->
     return _threaded(lambda item: decode(item[0], where=item[1]), list(zip(values, names, strict=True)))
 
 
+def digest_many(pictures: Sequence[Picture]) -> list[bytes]:
+    """`digest` of many pictures, in threads."""
+    return _threaded(lambda picture: digest(picture.pixels), pictures)
+
+
 def to_pil(picture: Picture) -> PIL.Image.Image:
     """The picture as a fresh PIL image (RGB, or RGBA where it has alpha) that carries no format, path or metadata."""
     array = picture.pixels.permute(1, 2, 0)

@@ -1,7 +1,7 @@
 """What was done to the pixels: published uint8 beside clean uint8, picture by picture."""
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -11,12 +11,13 @@ from jaxtyping import Float
 from torch import Tensor
 
 from hf_unlearnable.budget import Budget
-from hf_unlearnable.images import Pixels
+from hf_unlearnable.images import Images, Pixels, in_threads
 
+_BLOCK = 3072
 PSNR_CAP = 100.0
 SSIM_WINDOW = 11
-VALUES_AT_ONCE = 1_000_000
-"""Values of pictures that are measured together: as many as a processor's caches hold."""
+VALUES_AT_ONCE, SSIM_VALUES_AT_ONCE = 1_000_000, 200_000
+"""Values of pictures that are measured together: as many as caches hold with what is made of them."""
 
 
 def psnr(clean: Pixels, poisoned: Pixels) -> Float[Tensor, "b"]:
@@ -43,7 +44,11 @@ def ssim(clean: Pixels, poisoned: Pixels) -> Float[Tensor, "b"]:
     """
     if min(clean.shape[2:]) < SSIM_WINDOW:
         raise ValueError(f"SSIM needs pictures of at least {SSIM_WINDOW} pixels a side, got {tuple(clean.shape[2:])}")
-    x, y = clean.to(torch.float32), poisoned.to(torch.float32)
+    few = max(1, SSIM_VALUES_AT_ONCE // clean[0].numel())
+    return torch.cat([_ssim(x.float(), y.float()) for x, y in zip(clean.split(few), poisoned.split(few), strict=True)])
+
+
+def _ssim(x: Images, y: Images) -> Float[Tensor, "b"]:
     mean_x, mean_y = _smooth(x), _smooth(y)
     squares, product = mean_x.square() + mean_y.square(), mean_x * mean_y
     variances = _smooth(x * x + y * y) - squares
@@ -78,48 +83,71 @@ class PixelReport:
     perceptual_every: int = 1
     _rows: dict[str, list[np.ndarray]] = field(default_factory=dict)
     _kept: dict[Budget, int] = field(default_factory=dict)
-    _values: int = 0
-    _at_bound: int = 0
-    _clipped: int = 0
-    _changed_values: int = 0
+    _counts: np.ndarray = field(default_factory=lambda: np.zeros(4, dtype=np.int64))
+    """Values in all; those at a bound in L-inf, changed to an end of the range, changed."""
 
-    def update(self, clean: Pixels, poisoned: Pixels, rows: list[int], budget: Budget | None = None) -> None:
-        """Add pictures of one size; `rows` are their places in the split, `budget` is what was promised for them.
+    def update(
+        self, clean: Sequence[Tensor], poisoned: Sequence[Tensor], rows: list[int], budget: Budget | None = None
+    ) -> None:
+        """Add pictures of one size, in threads.
+
+        Args:
+            clean, poisoned: uint8 pictures of shape (3, height, width).
+            rows: their places in the split.
+            budget: what was promised for them.
 
         Raises:
             ValueError: a row exceeds the budget; names it.
         """
         few = max(1, VALUES_AT_ONCE // clean[0].numel())
-        for start in range(0, len(rows), few):
-            part = slice(start, start + few)
-            self._update(clean[part], poisoned[part], rows[part], budget)
-
-    def _update(self, clean: Pixels, poisoned: Pixels, rows: list[int], budget: Budget | None) -> None:
-        where = [f"row {row}" for row in rows]
+        parts = [slice(start, start + few) for start in range(0, len(rows), few)]
         if budget is not None:
-            budget.check(clean, poisoned, where)
             self._kept[budget] = self._kept.get(budget, 0) + len(rows)
-        changed = poisoned != clean
-        size = torch.maximum(poisoned, clean) - torch.minimum(poisoned, clean)
-        exact = (poisoned.to(torch.int16) - clean.to(torch.int16)).double().flatten(1)
-        length = exact.norm(dim=1)
-        self._values += size.numel()
-        self._changed_values += int(changed.count_nonzero())
-        if budget is not None and budget.norm == "linf":
-            self._at_bound += int((size == math.floor(budget.epsilon * 255 + 1e-6)).count_nonzero())
-        at_an_end = poisoned + 1 < 2  # 255 + 1 is 0
-        self._clipped += int((changed & at_an_end).count_nonzero())
-        self._add("row", np.asarray(rows))
-        self._add("linf_levels", size.flatten(1).amax(1).numpy())
-        self._add("l2", (length / 255).numpy())
-        self._add("l0_pixels", (changed[:, 0] | changed[:, 1] | changed[:, 2]).flatten(1).sum(1).numpy())
-        self._add("mean_shift_levels", exact.mean(1).numpy())
+
+        def measured(part: slice) -> tuple[dict[str, np.ndarray], np.ndarray]:
+            return self._measured(torch.stack(list(clean[part])), torch.stack(list(poisoned[part])), rows[part], budget)
+
+        for columns, counts in in_threads(measured, parts):
+            self._counts += counts
+            for name, column in columns.items():
+                self._add(name, column)
+
+    def _measured(
+        self, clean: Pixels, poisoned: Pixels, rows: list[int], budget: Budget | None
+    ) -> tuple[dict[str, np.ndarray], np.ndarray]:
+        """The measures of each row, and what `_counts` counts."""
+        if budget is not None:
+            budget.check(clean, poisoned, [f"row {row}" for row in rows])
+        old, new = clean.flatten(1).numpy(), poisoned.flatten(1).numpy()
+        changed = old != new
+        size = np.maximum(old, new)
+        size -= np.minimum(old, new)
+        squares = size.astype(np.uint16)
+        squares *= squares
+        error = _row_sums(squares)
+        pixels = changed.reshape(len(rows), 3, -1)
+        columns = {
+            "row": np.asarray(rows),
+            "linf_levels": size.max(1),
+            "l2": np.sqrt(error) / 255,
+            "l0_pixels": (pixels[:, 0] | pixels[:, 1] | pixels[:, 2]).sum(1),
+            "mean_shift_levels": (_row_sums(new) - _row_sums(old)) / new.shape[1],
+        }
+        at_an_end = new + np.uint8(1) < 2  # 255 + 1 is 0
+        bound = math.floor(budget.epsilon * 255 + 1e-6) if budget is not None and budget.norm == "linf" else None
+        counts = [
+            size.size,
+            0 if bound is None else np.count_nonzero(size == bound),
+            np.count_nonzero(changed & at_an_end),
+            np.count_nonzero(changed),
+        ]
         picked = [i for i, row in enumerate(rows) if row % self.perceptual_every == 0]
         if picked:
-            self._add("psnr_db", _psnr(length[picked].square() / exact.shape[1]).numpy())
-            self._add("perceptual_row", np.asarray(rows)[picked])
+            columns["perceptual_row"] = columns["row"][picked]
+            columns["psnr_db"] = _psnr(torch.from_numpy(error[picked] / new.shape[1])).numpy()
             small = min(clean.shape[2:]) < SSIM_WINDOW
-            self._add("ssim", np.full(len(picked), np.nan) if small else ssim(clean[picked], poisoned[picked]).numpy())
+            columns["ssim"] = np.full(len(picked), np.nan) if small else ssim(clean[picked], poisoned[picked]).numpy()
+        return columns, np.array(counts, dtype=np.int64)
 
     def summary(self) -> dict[str, Any]:
         """JSON values: for each measure mean, standard deviation, 5th and 95th percentile, least and largest.
@@ -130,18 +158,19 @@ class PixelReport:
         if not self._rows:
             raise ValueError("no pictures were measured")
         columns = self._in_order()
+        values, at_bound, clipped, changed = self._counts.tolist()
         rows, seen = columns.pop("row"), columns.pop("perceptual_row", np.empty(0, dtype=int))
         result: dict[str, Any] = {
             "rows": len(rows),
             "rows_changed": int((columns["linf_levels"] > 0).sum()),
             "perceptual_rows": len(seen),
-            "values_changed": self._changed_values / self._values,
-            "values_clipped": self._clipped / self._values,
+            "values_changed": changed / values,
+            "values_clipped": clipped / values,
             "ssim_variant": "wang: 11x11 Gaussian, sigma 1.5, valid region, mean of channels",
         }
         result["budgets"] = [{"norm": b.norm, "epsilon": b.epsilon, "kept_by_rows": n} for b, n in self._kept.items()]
         if any(budget.norm == "linf" for budget in self._kept):
-            result["values_at_bound"] = self._at_bound / self._values
+            result["values_at_bound"] = at_bound / values
         for name, values in columns.items():
             result[name] = _spread(values)
         if len(seen):
@@ -154,7 +183,7 @@ class PixelReport:
         budgets = list(self._kept.items())
         return {
             **self._in_order(),
-            "counts": np.array([self._values, self._at_bound, self._clipped, self._changed_values], dtype=np.int64),
+            "counts": self._counts,
             "budget_norm": np.array([budget.norm for budget, _ in budgets], dtype=np.str_),
             "budget_epsilon": np.array([budget.epsilon for budget, _ in budgets], dtype=np.float64),
             "budget_kept": np.array([kept for _, kept in budgets], dtype=np.int64),
@@ -166,11 +195,7 @@ class PixelReport:
         The summary of reports added in the order of their rows is that of one report over all rows.
         """
         left = dict(arrays)
-        values, at_bound, clipped, changed = left.pop("counts").tolist()
-        self._values += values
-        self._at_bound += at_bound
-        self._clipped += clipped
-        self._changed_values += changed
+        self._counts += left.pop("counts")
         budgets = zip(left.pop("budget_norm"), left.pop("budget_epsilon"), left.pop("budget_kept"), strict=True)
         for norm, epsilon, kept in budgets:
             budget = Budget(norm=str(norm), epsilon=float(epsilon))  # type: ignore[arg-type]
@@ -191,6 +216,13 @@ class PixelReport:
 
     def _add(self, name: str, values: np.ndarray) -> None:
         self._rows.setdefault(name, []).append(values)
+
+
+def _row_sums(values: np.ndarray) -> np.ndarray:
+    """The sum over each row of numbers of at most 16 bits, int64; faster in 32 bits, as far as these hold it."""
+    whole = values.shape[1] // _BLOCK * _BLOCK
+    blocks = values[:, :whole].reshape(len(values), -1, _BLOCK).sum(2, dtype=np.uint32)
+    return blocks.sum(1, dtype=np.int64) + values[:, whole:].sum(1, dtype=np.int64)
 
 
 def _spread(values: np.ndarray) -> dict[str, float] | None:

@@ -18,7 +18,7 @@ from tqdm.auto import tqdm
 
 from hf_unlearnable import card, columns, preview
 from hf_unlearnable.digests import columns_digest, file_digest, split_digest
-from hf_unlearnable.images import Picture, decode_many, digest
+from hf_unlearnable.images import Picture, decode_many, digest_many
 from hf_unlearnable.keys import commitment
 from hf_unlearnable.metrics import PixelReport
 from hf_unlearnable.poisons.base import Poison
@@ -176,10 +176,8 @@ def _measure(
             other_rows += columns_digest(row)
         old = decode_many(before[image].to_pylist(), where=[f"row {row}" for row in rows])
         new = decode_many(table[image].to_pylist(), where=[f"published row {row}" for row in rows])
-        for picture in old:
-            clean_rows += digest(picture.pixels)
-        for picture in new:
-            published_rows += digest(picture.pixels)
+        clean_rows += b"".join(digest_many(old))
+        published_rows += b"".join(digest_many(new))
         measure(report, poison, old, new, rows)
         for row in wanted.intersection(rows):
             value = before[label][row - start].as_py() if label else None
@@ -267,8 +265,8 @@ def measure(report: PixelReport, poison: Poison, old: list[Picture], new: list[P
         sizes.setdefault(before.pixels.shape, []).append(i)
     for places in sizes.values():
         report.update(
-            torch.stack([old[i].pixels for i in places]),
-            torch.stack([new[i].pixels for i in places]),
+            [old[i].pixels for i in places],
+            [new[i].pixels for i in places],
             [rows[i] for i in places],
             poison.budget_for(*old[places[0]].pixels.shape[1:]),
         )

@@ -10,11 +10,12 @@ from dataclasses import dataclass, field
 from difflib import get_close_matches
 from itertools import islice
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 from urllib.parse import urlsplit
 
 import fsspec
 import PIL.Image
+import pyarrow as pa
 import pyarrow.parquet as pq
 from datasets import Dataset, DatasetDict, Features, IterableDataset, load_dataset, load_dataset_builder, load_from_disk
 from datasets.config import HF_DATASETS_CACHE
@@ -24,6 +25,7 @@ from datasets.exceptions import DatasetNotFoundError
 from hf_unlearnable import demo
 
 DEMO = "demo"
+ROWS_AT_ONCE = 100
 
 
 def load_split(source: str | Path, split: str | None = None, *, config: str | None = None) -> Dataset:
@@ -207,11 +209,17 @@ class Stream:
 
     def _read(self, first: int, last: int, skip: int) -> Iterator[dict[str, Any]]:
         if isinstance(self.rows, Dataset):
-            yield from self.rows.select(range(skip, len(self.rows))).to_iterable_dataset()
+            yield from _by_tables(self.rows.select(range(skip, len(self.rows))))
             return
         for shard in range(first, last):
             part = self.rows.shard(self.rows.num_shards, shard, contiguous=True)
-            yield from part.skip(skip) if skip and shard == first else part
+            yield from _by_tables(part.skip(skip) if skip and shard == first else part)
+
+
+def _by_tables(rows: Dataset | IterableDataset) -> Iterator[dict[str, Any]]:
+    """The rows as Python values, several times faster than `datasets` hands out one after the other."""
+    for table in rows.with_format("arrow").iter(ROWS_AT_ONCE):
+        yield from cast(pa.Table, table).to_pylist()
 
 
 def stream_split(source: str | Path, split: str | None = None, *, config: str | None = None) -> Stream:

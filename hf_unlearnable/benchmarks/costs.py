@@ -198,21 +198,23 @@ def _ratios(scale: Mapping[str, Any]) -> list[str]:
                 "",
             ]
     lines += [
-        "| size | rows | shards, few measured, over plain map | shards over plain map | shards and merge over plain map"
-        " | whole split over plain map | shards and merge over whole split |",
-        "|---|---|---|---|---|---|---|",
+        "| size | rows | shards, few measured, over plain map | over checked map | shards over plain map"
+        " | shards and merge over plain map | whole split over plain map | shards and merge over whole split |",
+        "|---|---|---|---|---|---|---|---|",
     ]
     for size, told in scale["over plain map"].items():
-        over, names = told["over plain map"], ("shards, few measured", "shards", "shards, and merge", "whole split")
-        cells = [*(over[name] for name in names), told["over whole split"]["shards, and merge"]]
+        plain, checked, whole = (told[f"over {base}"] for base in ("plain map", "checked map", "whole split"))
+        few = "shards, few measured"
+        cells = [plain[few], checked[few], *(plain[name] for name in ("shards", "shards, and merge", "whole split"))]
+        cells.append(whole["shards, and merge"])
         lines.append(f"| {size} | {told['rows']} | {' | '.join(f'{cell:.2f}' for cell in cells)} |")
     return [
         *lines,
         "",
         "Times on all cores, median over rounds. Plain map: `Dataset.map(CudaPoison, batched=True)` and `to_parquet`",
-        "of rows that were loaded before; it neither reads back nor measures. Whole split: `protect.py` without",
-        "`--streaming`, which does both. Few measured: PSNR and SSIM on one row in a hundred, as in a split of a",
-        "million; else on all, as in one of at most 10,000.",
+        "of rows that were loaded before; it neither reads back nor measures. Checked map: `CudaPoison.apply`, which",
+        "reads back. Whole split: `protect.py` without `--streaming`, which does both. Few measured: PSNR and SSIM on",
+        "one row in a hundred, as in a split of a million; else on all, as in one of at most 10,000.",
     ]
 
 

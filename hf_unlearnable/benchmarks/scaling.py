@@ -77,11 +77,12 @@ class Bench:
         job = self._job(self.protect, ("--dataset", str(source), *POISON, "--output", str(output)))
         return between(watch([job], marks, fork=self.quick), "start", "done")
 
-    def plain(self, source: Path) -> float:
-        """Seconds of `Dataset.map` and `to_parquet`, of rows that were loaded before."""
+    def plain(self, source: Path, *, checked: bool = False) -> float:
+        """Seconds of `Dataset.map` (checked: `apply`) and `to_parquet`, of rows that were loaded before."""
         output = self._output()
         marks = {"start": (output / "began").exists, "done": (output / "done").exists}
-        job = self._job(Path(plain_map.__file__), (str(source), str(output)))
+        told = (str(source), str(output), *(("checked",) if checked else ()))
+        job = self._job(Path(plain_map.__file__), told)
         return between(watch([job], marks, fork=self.quick), "start", "done")
 
     def _job(
@@ -226,10 +227,11 @@ def two_processes(bench: Bench, pictures: Pictures, size: int, rows: int, rounds
 
 
 def over_plain(bench: Bench, pictures: Pictures, size: int, rows: int, rounds: int) -> dict[str, Any]:
-    """Time of the sharded path, and of `protect` on a whole split, in times of a plain map: all cores, without start.
+    """Time of the sharded path, and of `protect` on a whole split, in times of a map: all cores, without start.
 
-    Both read back, compare, digest and measure what they stored; the plain map does not. PSNR and SSIM are measured on
-    all rows, as in any split of at most 10,000; "shards, few measured" on one in a hundred, as in one of a million.
+    Both read back, compare, digest and measure what they stored; the plain map does none of it, the checked one
+    (`apply`) reads back and compares. PSNR and SSIM are measured on all rows, as in any split of at most 10,000;
+    "shards, few measured" on one in a hundred, as in one of a million.
     """
     parts = min(PARTS, rows)
     source = write_source(pictures, bench.work, rows, size, rows_per_file=-(-rows // parts))
@@ -243,6 +245,7 @@ def over_plain(bench: Bench, pictures: Pictures, size: int, rows: int, rounds: i
 
     variants = {
         "plain map": lambda: bench.plain(source),
+        "checked map": lambda: bench.plain(source, checked=True),
         "shards": lambda: sharded("shards", source),
         "shards, few measured": lambda: sharded("shards, few measured", arrow),
         "whole split": lambda: bench.whole(source),
@@ -255,7 +258,7 @@ def over_plain(bench: Bench, pictures: Pictures, size: int, rows: int, rounds: i
         "rows_per_second": {name: rows / min(spent) for name, spent in times.items()},
         **{
             f"over {base}": {name: ratio(spent, times[base]) for name, spent in times.items() if name != base}
-            for base in ("plain map", "whole split")
+            for base in ("plain map", "checked map", "whole split")
         },
     }
 

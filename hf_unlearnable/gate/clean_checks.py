@@ -99,7 +99,7 @@ class Beside:
             self.problems.add("unchanged", "the clean picture as it was, though it was to be changed", rows[i])
         if self.budgets:
             self._measure(difference, rows)
-        self.report.update(old, new, rows)
+        self.report.update(list(old), list(new), rows)
         self.compared += len(rows)
         self.changed += int(changed.sum())
 

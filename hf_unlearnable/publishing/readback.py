@@ -12,7 +12,7 @@ from tqdm.auto import tqdm
 
 from hf_unlearnable import columns
 from hf_unlearnable.digests import columns_digest, split_digest
-from hf_unlearnable.images import Picture, decode_many, digest
+from hf_unlearnable.images import Picture, decode_many, digest_many
 
 
 @dataclass(frozen=True)
@@ -65,8 +65,7 @@ def contents(rows: Iterable[Rows], *, total: int | None = None, progress: bool =
     pixels, others, count = bytearray(), bytearray(), 0
     with tqdm(total=total, desc="reading back", unit="rows", disable=not progress) as bar:
         for some in rows:
-            for picture in some.pictures:
-                pixels += digest(picture.pixels)
+            pixels += b"".join(digest_many(some.pictures))
             for row in some.others.to_pylist():
                 others += columns_digest(row)
             count += len(some.pictures)

@@ -20,9 +20,10 @@ Container: TypeAlias = Literal["parquet", "webdataset"]
 SUFFIXES: dict[Container, str] = {"parquet": ".parquet", "webdataset": ".tar"}
 KEY = "__key__"
 _BLOCK = 1 << 20
+_READ_AT_ONCE = 32
 
 Row: TypeAlias = Mapping[str, Any]
-"""A published row: its columns in their order; the picture as {"bytes": ..., "path": None}."""
+"""A published row: its columns in their order; the picture as {"bytes": ..., "path": None}, of bytes or a buffer."""
 
 
 class Writer(Protocol):
@@ -38,8 +39,8 @@ class Writer(Protocol):
 class Form(Protocol):
     def writer(self, file: Path) -> AbstractContextManager[Writer]: ...
 
-    def read(self, file: Path, batch_size: int) -> Iterator[list[dict[str, Any]]]:
-        """The rows of a file, in batches."""
+    def read(self, file: Path) -> Iterator[list[dict[str, Any]]]:
+        """The rows of a file, some at a time."""
         ...
 
 
@@ -51,7 +52,7 @@ def form_of(stream: Stream, terms: Mapping[str, Any], shard: int) -> Form:
     """
     features, source = publishable(stream.features), terms["source"]
     if terms["container"] == "parquet":
-        return ParquetFile(features)
+        return ParquetFile(features, source["image_column"])
     return Archive(
         features,
         image=source["image_column"],
@@ -77,32 +78,43 @@ class ParquetFile:
 
     Args:
         features: the columns, pictures decoded.
+        image: the name of the column that holds pictures.
     """
 
-    def __init__(self, features: Features) -> None:
-        self.schema = features.arrow_schema
+    def __init__(self, features: Features, image: str) -> None:
+        self.schema, self.image = features.arrow_schema, image
 
     @contextmanager
     def writer(self, file: Path) -> Iterator[Writer]:
         with pq.ParquetWriter(file, self.schema, compression="none") as parquet:
-            yield _ParquetWriter(parquet)
+            yield _ParquetWriter(parquet, self)
 
-    def read(self, file: Path, batch_size: int) -> Iterator[list[dict[str, Any]]]:
+    def read(self, file: Path) -> Iterator[list[dict[str, Any]]]:
         with pq.ParquetFile(file) as parquet:
-            for batch in parquet.iter_batches(batch_size):
-                yield batch.to_pylist()
+            for batch in parquet.iter_batches(_READ_AT_ONCE):
+                pictures = batch.column(self.image)
+                told = zip(pictures.field("bytes"), pictures.field("path").to_pylist(), strict=True)
+                yield self.rows(batch, [{"bytes": data.as_buffer(), "path": path} for data, path in told])
+
+    def rows(self, table: pa.Table | pa.RecordBatch, pictures: Sequence[Any]) -> list[dict[str, Any]]:
+        """The rows of a table with these pictures, which are not copied."""
+        others = table.drop_columns([self.image]).to_pylist()
+        return [
+            {name: picture if name == self.image else row[name] for name in self.schema.names}
+            for row, picture in zip(others, pictures, strict=True)
+        ]
 
 
 class _ParquetWriter:
-    def __init__(self, parquet: pq.ParquetWriter) -> None:
-        self.parquet = parquet
+    def __init__(self, parquet: pq.ParquetWriter, form: ParquetFile) -> None:
+        self.parquet, self.form = parquet, form
 
     def write(self, rows: Sequence[Row], where: Sequence[str]) -> list[dict[str, Any]]:
         del where
         table = pa.Table.from_pylist(list(rows), schema=self.parquet.schema)
         if len(table):
             self.parquet.write_table(table, row_group_size=len(table))
-        return table.to_pylist()
+        return self.form.rows(table, [row[self.form.image] for row in rows])
 
 
 def _text(value: Any) -> bytes:
@@ -163,12 +175,12 @@ class Archive:
         with tarfile.open(file, "w:", format=tarfile.PAX_FORMAT) as archive:
             yield _ArchiveWriter(archive, self)
 
-    def read(self, file: Path, batch_size: int) -> Iterator[list[dict[str, Any]]]:
+    def read(self, file: Path) -> Iterator[list[dict[str, Any]]]:
         with tarfile.open(file, "r:", bufsize=_BLOCK) as archive:
             batch = []
             for key, members in groupby(archive, lambda member: _parted(member.name)[0]):
                 batch.append(self._row(key, {_parted(m.name)[1]: _content(archive, m) for m in members}))
-                if len(batch) == batch_size:
+                if len(batch) == _READ_AT_ONCE:
                     yield batch
                     batch = []
             if batch:

@@ -3,6 +3,7 @@
 import hashlib
 import time
 from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from itertools import islice
 from typing import Any
@@ -13,7 +14,7 @@ from tqdm.auto import tqdm
 
 from hf_unlearnable import columns
 from hf_unlearnable.digests import columns_digest, file_digest
-from hf_unlearnable.images import Picture, decode, decode_many, digest, encode_many
+from hf_unlearnable.images import Picture, decode, decode_many, digest_many, encode_many
 from hf_unlearnable.metrics import PixelReport
 from hf_unlearnable.poisons.base import Poison
 from hf_unlearnable.protect import PREVIEW_ROWS, measure
@@ -53,7 +54,9 @@ def make_shard(
                     bar.update(len(batch))
             if part.rows not in (None, work.seen):
                 raise ValueError(f"expected {part.rows} rows, the source gave {work.seen}: has it changed?")
-            work.read_back(form.read(file, plan.terms["batch_size"]))
+            with ThreadPoolExecutor(1) as thread:
+                sha256 = thread.submit(file_digest, file)
+                work.read_back(form.read(file))
         except (ValueError, TypeError, ArithmeticError) as error:
             counted = "" if part.start is not None else " (rows counted in the shard)"
             kind = type(error) if type(error) in (TypeError, FloatingPointError) else ValueError
@@ -67,7 +70,7 @@ def make_shard(
             rows_read=work.seen,
             rows=work.seen - len(work.left_out),
             left_out=work.left_out,
-            sha256=file_digest(file),
+            sha256=sha256.result(),
             size=file.stat().st_size,
             evidence=file_digest(evidence),
             seconds=round(time.monotonic() - began, 3),
@@ -108,17 +111,16 @@ class _Work:
 
     def batch(self, examples: list[dict[str, Any]], writer: Writer) -> None:
         """Write the published rows of these rows of the source."""
-        numbers = list(range(self.start + self.seen, self.start + self.seen + len(examples)))
+        poison, numbers = self.poison, list(range(self.start + self.seen, self.start + self.seen + len(examples)))
         self.seen += len(examples)
         kept, clean = self._decode([example[self.image] for example in examples], [f"row {n}" for n in numbers])
         numbers, examples = [numbers[i] for i in kept], [examples[i] for i in kept]
         where = [f"row {n}" for n in numbers]
         labels = None
-        if self.poison.needs_labels and self.label:
+        if poison.needs_labels and self.label:
             values = [example[self.label] for example in examples]
             labels = [columns.check_label(v, at, self.label, self.classes) for v, at in zip(values, where, strict=True)]
-        poisoned = self.poison.change_pictures(clean, labels, self.poison.chosen(clean, labels), where)
-        poison = self.poison
+        poisoned = poison.change_pictures(clean, labels, poison.chosen(clean, labels), where)
         stored = encode_many(
             poisoned, image_format=poison.image_format, compress_level=poison.compress_level, where=where
         )
@@ -126,8 +128,7 @@ class _Work:
             measure(self.report, poison, clean, poisoned, numbers)
             self._remember(examples, numbers, clean, poisoned)
         for name, pictures in (("clean", clean), ("published", poisoned)):
-            for picture in pictures:
-                self.digests[name] += digest(picture.pixels)
+            self.digests[name] += b"".join(digest_many(pictures))
         rows = [
             {**example, self.image: {"bytes": data, "path": None}}
             for example, data in zip(examples, stored, strict=True)

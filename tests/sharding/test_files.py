@@ -141,7 +141,7 @@ def test_names_and_values_of_members(tmp_path: Path) -> None:
         "d.1/7.raw": b"\0",
         "8.png": b"p", "8.cls": b"3", "8.x.json": b"[]", "8.raw": b"",
     }  # fmt: skip
-    assert [one for batch in form.read(tmp_path / "a.tar", 1) for one in batch] == meant
+    assert [one for batch in form.read(tmp_path / "a.tar") for one in batch] == meant
     assert archive(Features({"in.jpg": Image()}), image="in.jpg", label=None).picture == "in.png"
 
 
