@@ -123,14 +123,18 @@ def in_threads(function: Callable[[T], R], items: Sequence[T]) -> list[R]:
 
 def _threaded(function: Callable[[T], R], items: Sequence[T]) -> list[R]:
     """`in_threads` for many small tasks."""
-    if len(items) < 8:
-        return [function(item) for item in items]
-    size = -(-len(items) // (4 * MOST_THREADS))
+    size = max(1, -(-len(items) // (4 * MOST_THREADS)))
     parts = [items[start : start + size] for start in range(0, len(items), size)]
     return [result for part in in_threads(lambda part: [function(item) for item in part], parts) for result in part]
 
 
-def _bytes_of(value: dict[str, Any], where: str) -> bytes:
+def bytes_of(value: dict[str, Any], where: str) -> bytes:
+    """The stored bytes of an undecoded picture: its own, or those of the file at its path or address.
+
+    Raises:
+        ValueError: there are none, or no such file; begins with `where`.
+        OSError: an address that cannot be read now.
+    """
     data, path = value.get("bytes"), value.get("path")
     if data is not None:
         return data
@@ -287,7 +291,7 @@ def decode(value: Any, *, where: str = "picture") -> Picture:
     if value is None:
         raise ValueError(f"{where}: expected a picture, got None")
     if isinstance(value, dict):
-        value = _bytes_of(value, where)
+        value = bytes_of(value, where)
     if isinstance(value, bytes | bytearray | memoryview):
         data = bytes(value)
         plain = _decode_plain(data)

@@ -13,7 +13,7 @@ from torch import Tensor
 from hf_unlearnable.budget import Budget
 from hf_unlearnable.images import Images, Pixels, in_threads
 
-_BLOCK = 3072
+_BLOCK, _LEAST_ROWS = 3072, 64
 PSNR_CAP = 100.0
 SSIM_WINDOW = 11
 VALUES_AT_ONCE, SSIM_VALUES_AT_ONCE = 1_000_000, 200_000
@@ -45,17 +45,29 @@ def ssim(clean: Pixels, poisoned: Pixels) -> Float[Tensor, "b"]:
     if min(clean.shape[2:]) < SSIM_WINDOW:
         raise ValueError(f"SSIM needs pictures of at least {SSIM_WINDOW} pixels a side, got {tuple(clean.shape[2:])}")
     few = max(1, SSIM_VALUES_AT_ONCE // clean[0].numel())
-    return torch.cat([_ssim(x.float(), y.float()) for x, y in zip(clean.split(few), poisoned.split(few), strict=True)])
+    return torch.cat([_ssim(x, y) for x, y in zip(clean.split(few), poisoned.split(few), strict=True)])
 
 
-def _ssim(x: Images, y: Images) -> Float[Tensor, "b"]:
+def _ssim(clean: Pixels, poisoned: Pixels) -> Float[Tensor, "b"]:
+    """A band of rows after the other: of a photograph, all of it in float32 would take gigabytes."""
+    height, width = clean.shape[2] - SSIM_WINDOW + 1, clean.shape[3]
+    rows = max(_LEAST_ROWS, SSIM_VALUES_AT_ONCE // (3 * width))
+    total = torch.zeros(len(clean), dtype=torch.float64)
+    for start in range(0, height, rows):
+        count = min(rows, height - start)
+        x, y = (some[:, :, start : start + count + SSIM_WINDOW - 1].float() for some in (clean, poisoned))
+        total += _similarity(x, y).flatten(1).mean(1).double() * (count / height)
+    return total.float()
+
+
+def _similarity(x: Images, y: Images) -> Float[Tensor, "b c h2 w2"]:
     mean_x, mean_y = _smooth(x), _smooth(y)
     squares, product = mean_x.square() + mean_y.square(), mean_x * mean_y
     variances = _smooth(x * x + y * y) - squares
     covariance = _smooth(x * y) - product
     c1, c2 = (0.01 * 255) ** 2, (0.03 * 255) ** 2
     top = (2 * product + c1) * (2 * covariance + c2)
-    return (top / ((squares + c1) * (variances + c2))).flatten(1).mean(1)
+    return top / ((squares + c1) * (variances + c2))
 
 
 def _smooth(x: Float[Tensor, "b c h w"]) -> Float[Tensor, "b c h2 w2"]:

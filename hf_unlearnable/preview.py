@@ -10,6 +10,9 @@ from matplotlib.figure import Figure
 
 from hf_unlearnable.images import Picture
 
+SHOWN = 256
+"""Pixels of the shorter side that a preview has room for."""
+
 
 @dataclass(frozen=True)
 class Pair:
@@ -19,6 +22,13 @@ class Pair:
     class_name: str
     clean: Picture
     poisoned: Picture
+
+
+def thinned(picture: Picture) -> Picture:
+    """Of a picture that is larger than it would be shown, every n-th row and column, in memory of its own."""
+    step = max(1, min(picture.pixels.shape[1:]) // SHOWN)
+    alpha = picture.alpha
+    return Picture(picture.pixels[:, ::step, ::step].clone(), None if alpha is None else alpha[::step, ::step].clone())
 
 
 def draw(pairs: Sequence[Pair], path: str | Path, *, title: str) -> None:

@@ -24,9 +24,11 @@ from hf_unlearnable.metrics import PixelReport
 from hf_unlearnable.poisons.base import Poison
 from hf_unlearnable.poisons.with_surrogate import SurrogatePoison
 from hf_unlearnable.record import Record
+from hf_unlearnable.sizes import at_once_in, at_once_of
 from hf_unlearnable.sources import public_name
 
 SHARD_BYTES = 500_000_000
+ROWS_PER_GROUP = 100
 PERCEPTUAL_ROWS = 10_000
 PREVIEW_ROWS = 8
 WRITTEN = {"data", "record.json", "preview.png", "README.md"}
@@ -52,6 +54,7 @@ def protect(
 
     Args:
         source: the name of the dataset for the record and the card; of a path, the last part is kept.
+        batch_size: pictures held at most at a time; fewer of large ones (`sizes`).
         overwrite: replace an existing `output`.
         record_seed: write an int seed into the record, for reproducible research.
 
@@ -79,7 +82,9 @@ def protect(
                 _remove(path)
         (staging / "cache").mkdir(exist_ok=True)
         poisoned = poison.apply(dataset, num_proc=num_proc, batch_size=batch_size, cache_dir=staging / "cache")
-        files = _write(poisoned, staging / "data", split, progress)
+        files = _write(
+            poisoned, columns.image_column(poisoned.features, poison.image_column), staging / "data", split, progress
+        )
         record = _measure(dataset, poison, files, source, split, record_seed, staging, progress)
         record.save(staging / "record.json")
         (staging / "README.md").write_text(card.local_page(record))
@@ -129,19 +134,20 @@ def _remove(path: Path) -> None:
         path.unlink(missing_ok=True)
 
 
-def _write(dataset: Dataset, folder: Path, split: str, progress: bool) -> list[Path]:
+def _write(dataset: Dataset, image: str, folder: Path, split: str, progress: bool) -> list[Path]:
     folder.mkdir()
+    rows_per_group = at_once_of(dataset, image, ROWS_PER_GROUP)
     shards = max(1, math.ceil(dataset.data.nbytes / SHARD_BYTES))
     files = [folder / f"{split}-{i:05d}-of-{shards:05d}.parquet" for i in range(shards)]
     for i, file in enumerate(tqdm(files, desc="writing", unit="shard", disable=not progress)):
-        dataset.shard(shards, i, contiguous=True).to_parquet(str(file))
+        dataset.shard(shards, i, contiguous=True).to_parquet(str(file), batch_size=rows_per_group)
     return files
 
 
 def _published(files: list[Path], batch_size: int) -> Iterator[pa.Table]:
     for file in files:
         with pq.ParquetFile(file) as parquet:
-            for batch in parquet.iter_batches(batch_size):
+            for batch in parquet.iter_batches(at_once_in(parquet, batch_size)):
                 yield pa.Table.from_batches([batch])
 
 
@@ -182,7 +188,7 @@ def _measure(
         for row in wanted.intersection(rows):
             value = before[label][row - start].as_py() if label else None
             name = names[value] if names and value is not None and value >= 0 else f"class {value}" if label else ""
-            pairs[row] = preview.Pair(row, name, old[row - start], new[row - start])
+            pairs[row] = preview.Pair(row, name, *(preview.thinned(some[row - start]) for some in (old, new)))
         start += len(table)
         bar.update(len(table))
     bar.close()

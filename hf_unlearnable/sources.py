@@ -25,7 +25,7 @@ from datasets.exceptions import DatasetNotFoundError
 from hf_unlearnable import demo
 
 DEMO = "demo"
-ROWS_AT_ONCE = 100
+ROWS_AT_ONCE = 32
 
 
 def load_split(source: str | Path, split: str | None = None, *, config: str | None = None) -> Dataset:

@@ -27,6 +27,7 @@ from hf_unlearnable.images import (
     one_thread_in_workers,
     to_pil,
 )
+from hf_unlearnable.sizes import at_once, at_once_of
 
 D = TypeVar("D", Dataset, DatasetDict, IterableDataset)
 _CHECK_COLUMN = "__stored_sha256__"
@@ -141,7 +142,7 @@ class Transform:
         Args:
             split: required for a DatasetDict, whose other splits are left alone: only training data is to be changed.
             num_proc: worker processes; None for none.
-            batch_size: pictures held at a time.
+            batch_size: pictures held at most at a time; fewer of large ones (`sizes`).
             cache_dir: folder for the cache files; default: `datasets`' own choice, beside the source's cache.
 
         Raises:
@@ -184,10 +185,11 @@ class Transform:
         self.check_classes(names, f"column {label!r}")
         settled = replace(self, image_column=image, label_column=label)
         plain = dataset.cast_column(image, Image(decode=False))
+        first = (row[image] for row in plain.take(1))
         changed = plain.map(
             _Indexed(settled, image, label, stream=True, classes=len(names) if names else None),
             batched=True,
-            batch_size=batch_size,
+            batch_size=at_once(first, batch_size),
             with_indices=True,
             features=features,
         )
@@ -204,6 +206,7 @@ class Transform:
             columns.check_labels(dataset.with_format("arrow")[label], known, label)
         features, form = dataset.features.copy(), dataset.format
         plain = dataset.with_format(None).cast_column(image, Image(decode=False))
+        batch_size = at_once_of(plain, image, batch_size)
         chosen = self.chosen_exactly(plain, image, label)
         function = _Indexed(replace(self, image_column=image, label_column=label), image, label, chosen)
         state = json.dumps([plain._fingerprint, self.cache_state(), _CHECK_COLUMN], sort_keys=True)

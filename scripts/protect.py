@@ -77,7 +77,12 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--record-seed", action="store_true", help="write the int seed into record.json")
     parser.add_argument("--rows", type=int, help="only so many rows, drawn class by class")
     parser.add_argument("--num-proc", type=int, help="worker processes")
-    parser.add_argument("--batch-size", type=int, default=500, help="pictures held at a time (default: 500)")
+    parser.add_argument(
+        "--batch-size",
+        type=int,
+        default=500,
+        help="pictures held at most at a time, fewer of large ones (default: 500)",
+    )
     parser.add_argument("--protect-classes", nargs="+", help="names or numbers of the classes to protect; default: all")
     streams = parser.add_argument_group("shard by shard")
     streams.add_argument("--streaming", action="store_true", help="read row by row, write and go on shard by shard")

@@ -9,7 +9,7 @@ import pytest
 
 PACKAGE = Path(__file__).parent.parent / "hf_unlearnable"
 
-L0 = {"keys", "images", "budget", "networks", "architectures", "columns", "options", "recipes", "environment"}
+L0 = {"keys", "images", "sizes", "budget", "networks", "architectures", "columns", "options", "recipes", "environment"}
 L1 = {"transform", "pgd", "augment", "batches", "checkpoint", "demo", "sources", "training"}
 L1 |= {"draws", "policies", "plasma", "erasing"}
 MAY_IMPORT: dict[str, set[str]] = {
@@ -20,7 +20,8 @@ MAY_IMPORT: dict[str, set[str]] = {
     "architectures": set(),
     "networks": {"architectures"},
     "budget": {"images"},
-    "transform": {"images", "columns", "environment"},
+    "sizes": {"images"},
+    "transform": {"images", "columns", "environment", "sizes"},
     "draws": {"images", "keys"},
     "policies": {"augment", "images", "plasma"},
     "plasma": {"augment", "images"},

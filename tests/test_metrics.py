@@ -23,6 +23,13 @@ def test_ssim_is_scikit_images() -> None:
         assert value == pytest.approx(expected, abs=1e-5)
 
 
+def test_ssim_by_bands_is_that_of_the_whole(monkeypatch: pytest.MonkeyPatch) -> None:
+    clean, poisoned = pair(height=97)
+    whole = metrics.ssim(clean, poisoned)
+    monkeypatch.setattr(metrics, "SSIM_VALUES_AT_ONCE", 1)
+    assert torch.allclose(metrics.ssim(clean, poisoned), whole, atol=1e-6)
+
+
 def test_psnr_is_scikit_images_and_the_closed_forms() -> None:
     clean, poisoned = pair()
     for row, value in enumerate(metrics.psnr(clean, poisoned)):

@@ -66,7 +66,7 @@ def inspect(
         clean: the clean split that was protected, in its order: then every row is compared with it.
         allow_guessable_key: let an int seed pass.
         accept: names of checks whose findings the owner accepts, of `ACCEPTABLE`.
-        batch_size: pictures held at a time.
+        batch_size: pictures held at most at a time; fewer of large ones.
 
     Raises:
         ValueError: `accept` names no check that may be accepted, or a batch size below 1.

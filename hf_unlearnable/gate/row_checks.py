@@ -31,6 +31,7 @@ from hf_unlearnable.gate.record_checks import BOUNDED_BY
 from hf_unlearnable.images import Picture, digest
 from hf_unlearnable.poisons.names import POISONS, arguments_of
 from hf_unlearnable.record import Record
+from hf_unlearnable.sizes import at_once_in
 
 
 def check_rows(
@@ -52,7 +53,7 @@ def check_rows(
         for file in files:
             try:
                 with pq.ParquetFile(file) as parquet:
-                    for batch in parquet.iter_batches(batch_size):
+                    for batch in parquet.iter_batches(at_once_in(parquet, batch_size)):
                         rows.update(pa.Table.from_batches([batch]))
                         bar.update(len(batch))
             except (pa.ArrowException, OSError) as error:

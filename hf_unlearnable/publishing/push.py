@@ -99,7 +99,7 @@ def publish(
             preview shows published pictures alone.
         dry_run: check and render everything, and send nothing. The Hub is asked what the repository holds, and whether
             it takes the card's metadata.
-        batch_size: pictures held at a time.
+        batch_size: pictures held at most at a time; fewer of large ones.
 
     Raises:
         checks.Refused: the folder does not pass.

@@ -13,6 +13,7 @@ from tqdm.auto import tqdm
 from hf_unlearnable import columns
 from hf_unlearnable.digests import columns_digest, split_digest
 from hf_unlearnable.images import Picture, decode_many, digest_many
+from hf_unlearnable.sizes import at_once_in
 
 
 @dataclass(frozen=True)
@@ -43,7 +44,7 @@ def features_of(file: Path) -> Features:
 
 
 def rows_of(files: Iterable[Path], image_column: str | None, batch_size: int = 500) -> Iterator[Rows]:
-    """Decoded rows, batch by batch.
+    """Decoded rows, batch by batch, of at most `batch_size` rows.
 
     Raises:
         ValueError: a picture that cannot be decoded; names the row. Files with other columns.
@@ -52,7 +53,7 @@ def rows_of(files: Iterable[Path], image_column: str | None, batch_size: int = 5
     for file in files:
         name = columns.image_column(features_of(file), image_column)
         with pq.ParquetFile(file) as parquet:
-            for batch in parquet.iter_batches(batch_size):
+            for batch in parquet.iter_batches(at_once_in(parquet, batch_size)):
                 table = pa.Table.from_batches([batch])
                 stored = table[name].to_pylist()
                 where = [f"published row {start + i}" for i in range(len(stored))]

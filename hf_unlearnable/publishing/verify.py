@@ -34,6 +34,7 @@ from hf_unlearnable.publishing.readback import Rows, rows_of
 from hf_unlearnable.publishing.rebuild import rebuild
 from hf_unlearnable.publishing.standing import README, read_record
 from hf_unlearnable.record import Record
+from hf_unlearnable.sizes import at_once_of
 
 SAME_VALUES = 0.99
 """Of a method with a surrogate: the share of values that must be recomputed exactly (its arithmetic may differ in the
@@ -74,7 +75,7 @@ def verify(
 
     Args:
         decoys: see `prove`.
-        batch_size: pictures held at a time.
+        batch_size: pictures held at most at a time; fewer of large ones.
 
     Raises:
         FileNotFoundError: there is no record, and so nothing to check against.
@@ -154,6 +155,7 @@ def recognise(
     if names is not None and told is not None and list(names) != told:
         raise ValueError(f"expected the classes of the record in their order, {told}, got {list(names)}")
     plain = dataset.with_format(None).cast_column(image, Image(decode=False))
+    batch_size = at_once_of(plain, image, batch_size)
 
     def batches() -> Iterator[tuple[list[Picture], list[int]]]:
         for start in range(0, len(plain), batch_size):

@@ -12,7 +12,7 @@ import numpy as np
 from datasets import Features
 from tqdm.auto import tqdm
 
-from hf_unlearnable import columns
+from hf_unlearnable import columns, preview
 from hf_unlearnable.digests import columns_digest, file_digest
 from hf_unlearnable.images import Picture, decode, decode_many, digest_many, encode_many
 from hf_unlearnable.metrics import PixelReport
@@ -193,6 +193,6 @@ class _Work:
             else:
                 key, label, wanted = row, -1, row in self.plan.preview_rows or not self.pairs
             if wanted:
-                self.pairs[key] = (row, label, clean[i], Picture(published[i].pixels.clone(), published[i].alpha))
+                self.pairs[key] = (row, label, preview.thinned(clean[i]), preview.thinned(published[i]))
                 if self.label and len(self.pairs) > PREVIEW_ROWS:
                     del self.pairs[max(self.pairs)]
