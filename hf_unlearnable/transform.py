@@ -33,8 +33,8 @@ D = TypeVar("D", Dataset, DatasetDict, IterableDataset)
 _CHECK_COLUMN = "__stored_sha256__"
 VALUES_AT_ONCE = {"cpu": 1_000_000}
 """Values of pictures that are changed together: on a CPU as many as its caches hold, on an accelerator many more."""
-LEAST_AT_ONCE = 250_000
-"""Values that are worth a thread of their own."""
+LEAST_AT_ONCE, LARGE = 250_000, 50_000
+"""Values that are worth a thread of their own, in pictures of so many: with many small ones, threads wait for Python."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -65,7 +65,8 @@ class Transform:
     version: ClassVar[int] = 1
     """Raised whenever the pixels a transform makes change: caches of an older version are then not reused."""
     pure: ClassVar[bool] = False
-    """Whether `change` is arithmetic alone, without networks: on a CPU, parts of a batch then go to several threads."""
+    """Whether `change` is arithmetic alone, without networks: on a CPU, parts of a batch of large pictures then go to
+    several threads."""
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
         super().__init_subclass__(**kwargs)
@@ -304,8 +305,9 @@ class Transform:
         for row in rows_to_change.tolist():
             sizes.setdefault(pictures[row].pixels.shape, []).append(row)
         most = VALUES_AT_ONCE.get(torch.device(self.device).type, 100_000_000)
-        if here and self.pure:
-            values = sum(shape.numel() * len(rows) for shape, rows in sizes.items())
+        values = sum(shape.numel() * len(rows) for shape, rows in sizes.items())
+        parallel = here and self.pure and values >= LARGE * len(rows_to_change)
+        if parallel:
             most = min(most, max(LEAST_AT_ONCE, -(-values // MOST_THREADS)))
 
         def change(rows: list[int]) -> Pixels:
@@ -315,10 +317,10 @@ class Transform:
                 return self.change(pixels, y, [where[row] for row in rows]).cpu()
 
         parts = list(_bounded(sizes, most))
-        made = in_threads(change, parts) if here and self.pure else map(change, parts)
+        made = in_threads(change, parts) if parallel else map(change, parts)
         for rows, new in zip(parts, made, strict=True):
-            for position, row in enumerate(rows):
-                changed[row] = Picture(new[position], pictures[row].alpha)
+            for row, pixels in zip(rows, new.unbind(), strict=True):
+                changed[row] = Picture(pixels, pictures[row].alpha)
         return changed
 
 

@@ -1,5 +1,6 @@
 """CUDA: class-wise random convolutions."""
 
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from typing import ClassVar, Literal
@@ -11,12 +12,14 @@ from jaxtyping import Float
 from torch import Tensor
 
 from hf_unlearnable.draws import Draws
-from hf_unlearnable.images import Images, Labels
+from hf_unlearnable.images import Images, Labels, Pixels
 from hf_unlearnable.keys import Key, numpy_generator
 from hf_unlearnable.poisons.base import Poison
 
 _SMALL = 96
 _BLOCK, _ROWS = 8, 2
+_VALUES_AT_ONCE = 150_000
+"""Values that a CPU blurs together: as many as stay in a core's own cache."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -73,6 +76,19 @@ class CudaPoison(Poison):
         return torch.from_numpy(_filters(self.seed, num_classes, kernel_size, float(blur)).copy())
 
     def perturb(self, x: Images, y: Labels | None, draws: Draws) -> Images:
+        poisoned = torch.empty_like(x)
+        for rows, some in self._blurred(x, y):
+            _put(poisoned, rows, some)
+        return poisoned
+
+    def perturb_pixels(self, pixels: Pixels, y: Labels | None, draws: Draws, where: Sequence[str]) -> Pixels:
+        poisoned = torch.empty_like(pixels)
+        for rows, some in self._blurred(pixels, y):
+            _put(poisoned, rows, some.mul_(255).round_())
+        return poisoned
+
+    def _blurred(self, x: Images | Pixels, y: Labels | None) -> Iterator[tuple[slice | Tensor, Images]]:
+        """Rows of one class, as few at a time as stay in a core's own cache, and what becomes of them."""
         small = min(x.shape[2:]) < _SMALL
         k = self.kernel_size or (3 if small else 9)
         blur = self.blur if self.blur is not None else (0.3 if small else 0.06)
@@ -88,18 +104,22 @@ class CudaPoison(Poison):
             which = y
         top = 1 << int(which.max()).bit_length()
         weights = _whole(self.filters(top, kernel_size=k, blur=blur), blur)
-        poisoned = torch.empty_like(x)
+        by_blocks = x.device.type == "cpu" and k > 3
+        correlate = _correlate_by_blocks if by_blocks else _correlate_by_shifts
+        few = len(x) if by_blocks or x.device.type != "cpu" else max(1, _VALUES_AT_ONCE // x[0].numel())
         for label in which.unique().tolist():
-            rows = (which == label).nonzero().flatten()
-            first, last = int(rows[0]), int(rows[-1])
-            adjacent = last - first < len(rows)  # then nothing is copied around
-            blurred = _correlate(x[first : last + 1] if adjacent else x.index_select(0, rows), weights[label])
-            largest = blurred.amax(dim=(1, 2, 3), keepdim=True).clamp_min_(1)
-            if adjacent:
-                torch.div(blurred, largest, out=poisoned[first : last + 1])
-            else:
-                poisoned.index_copy_(0, rows, blurred / largest)
-        return poisoned
+            for rows in (which == label).nonzero().flatten().split(few):
+                first, last = int(rows[0]), int(rows[-1])
+                place = slice(first, last + 1) if last - first < len(rows) else rows
+                blurred = correlate(x[place], weights[label])
+                yield place, blurred / blurred.amax(dim=(1, 2, 3), keepdim=True).clamp_min_(1)
+
+
+def _put(target: Tensor, rows: slice | Tensor, values: Tensor) -> None:
+    if isinstance(rows, slice):
+        target[rows] = values
+    else:
+        target.index_copy_(0, rows, values.to(target.dtype))
 
 
 @lru_cache(maxsize=32)
@@ -125,17 +145,19 @@ def _whole(filters: Float[Tensor, "n k k"], blur: float) -> Float[Tensor, "n k k
     return filters.mul(2.0**bits).round_().to(torch.float32)
 
 
-def _correlate(x: Images, kernel: Float[Tensor, "k k"]) -> Images:
-    """Zero-padded cross-correlation of the levels round(255 x) with a filter of whole numbers, exact in float32."""
-    by_blocks = x.device.type == "cpu" and len(kernel) > 3
-    return (_correlate_by_blocks if by_blocks else _correlate_by_shifts)(x, kernel)
+def _put_levels(x: Images | Pixels, target: Tensor) -> None:
+    """The levels of pictures, round(255 x), as float32."""
+    if x.dtype == torch.uint8:
+        target.copy_(x)
+    else:
+        torch.mul(x, 255, out=target).round_()
 
 
-def _correlate_by_shifts(x: Images, kernel: Float[Tensor, "k k"]) -> Images:
-    """One multiply-add of long vectors for each weight.
+def _correlate_by_shifts(x: Images | Pixels, kernel: Float[Tensor, "k k"]) -> Images:
+    """Zero-padded cross-correlation of the levels with a filter of whole numbers, exact in float32.
 
-    All rows of all planes stand in one vector, `pad` zeros after each row and `pad` rows of zeros before each plane, so
-    that a shift of a picture is a shift of the vector.
+    One multiply-add of long vectors for each weight: all rows of all planes stand in one vector, `pad` zeros after each
+    row and `pad` rows of zeros before each plane, so that a shift of a picture is a shift of the vector.
     """
     k = len(kernel)
     pad = k // 2
@@ -143,10 +165,9 @@ def _correlate_by_shifts(x: Images, kernel: Float[Tensor, "k k"]) -> Images:
     stride = width + pad
     margin = pad * stride + pad
     size = count * 3 * (height + pad) * stride
-    vector = x.new_zeros(size + 2 * margin)
+    vector = kernel.new_zeros(size + 2 * margin, device=x.device)
     grid = vector[margin : margin + size].view(count, 3, height + pad, stride)
-    torch.mul(x, 255, out=grid[:, :, pad:, :width])
-    vector.round_()
+    _put_levels(x, grid[:, :, pad:, :width])
     weights = kernel.flatten().tolist()
     total = vector[:size] * weights[0]
     for place, weight in enumerate(weights[1:], start=1):
@@ -156,8 +177,8 @@ def _correlate_by_shifts(x: Images, kernel: Float[Tensor, "k k"]) -> Images:
     return total.view(grid.shape)[:, :, pad:, :width]
 
 
-def _correlate_by_blocks(x: Images, kernel: Float[Tensor, "k k"]) -> Images:
-    """Blocks of neighbouring pixels become channels: one dense convolution, several times faster than a depthwise one.
+def _correlate_by_blocks(x: Images | Pixels, kernel: Float[Tensor, "k k"]) -> Images:
+    """The same with blocks of neighbouring pixels as channels: one dense convolution, faster than a depthwise one.
 
     It makes blocks of _ROWS x `size` outputs out of columns in blocks of `size`, of which a block of outputs needs its
     own and the next (the picture is shifted by the padding). Rows cut into blocks are channels-last as they lie in
@@ -167,14 +188,14 @@ def _correlate_by_blocks(x: Images, kernel: Float[Tensor, "k k"]) -> Images:
     count, _, height, width = x.shape
     size = max(_BLOCK, -(-(k - 1) // _BLOCK) * _BLOCK)
     across, down, tall = -(-width // size), -(-height // _ROWS), _ROWS + k - 1
-    dense = x.new_zeros(_ROWS, size, tall, 2 * size)
+    dense = kernel.new_zeros(_ROWS, size, tall, 2 * size)
     row, one = dense.stride(2), dense.stride(1)
     shifted = dense.as_strided((_ROWS, size, k, k), (size * one + row, one + 1, row, 1))  # [r, c] is [r, c, r:, c:]
     shifted.copy_(kernel)
     dense = dense.view(_ROWS * size, tall, 2, size).permute(0, 3, 1, 2)
-    padded = x.new_zeros(count, 3, down * _ROWS + k - 1, (across + 1) * size)
-    torch.mul(x, 255, out=padded[:, :, k // 2 : k // 2 + height, k // 2 : k // 2 + width])
-    blocks = padded.round_().view(count * 3, -1, across + 1, size).permute(0, 3, 1, 2)
+    padded = kernel.new_zeros(count, 3, down * _ROWS + k - 1, (across + 1) * size)
+    _put_levels(x, padded[:, :, k // 2 : k // 2 + height, k // 2 : k // 2 + width])
+    blocks = padded.view(count * 3, -1, across + 1, size).permute(0, 3, 1, 2)
     total = F.conv2d(blocks, dense, stride=(_ROWS, 1)).permute(0, 2, 3, 1)
     pixels = total.reshape(count, 3, down, across, _ROWS, size).transpose(3, 4)
     return pixels.reshape(count, 3, down * _ROWS, across * size)[:, :, :height, :width]

@@ -32,6 +32,7 @@ from hf_unlearnable import (
     TapPoison,
 )
 from hf_unlearnable.batches import Batches
+from hf_unlearnable.images import to_uint8
 from hf_unlearnable.recipes import changed
 from tests.conftest import make_dataset, noise_pictures, pixels
 
@@ -149,6 +150,8 @@ def test_the_generator_keeps_shape_device_type_and_inputs(poison: Poison, source
     assert torch.equal(x, kept)
     poison.change(u, y, [""] * ROWS)
     assert torch.equal(u, u_kept)
+    stored = poison.perturb_pixels(u, y, Draws(poison.seed, poison.name, u), [""] * ROWS)
+    assert torch.equal(stored, to_uint8(out))
 
 
 def test_another_key_gives_other_pixels(name: str, source: Dataset) -> None:
