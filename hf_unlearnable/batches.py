@@ -15,6 +15,7 @@ from tqdm.auto import tqdm
 from hf_unlearnable import columns, images
 from hf_unlearnable.images import Labels, Pixels
 from hf_unlearnable.keys import Key, torch_generator
+from hf_unlearnable.sizes import at_once
 
 
 class Batch(NamedTuple):
@@ -279,6 +280,7 @@ def _decode(
 ) -> Pixels:
     size = (image_size, image_size) if isinstance(image_size, int) else image_size
     pixels: Tensor | None = None
+    chunk = at_once(dataset, column, chunk)
     with tqdm(total=len(dataset), desc="decoding", unit="row", disable=not progress, leave=False) as bar:
         for start in range(0, len(dataset), chunk):
             where = [f"row {i}" for i in numbers[start : start + chunk].tolist()]

@@ -52,7 +52,7 @@ def _ssim(clean: Pixels, poisoned: Pixels) -> Float[Tensor, "b"]:
     """A band of rows after the other: of a photograph, all of it in float32 would take gigabytes."""
     height, width = clean.shape[2] - SSIM_WINDOW + 1, clean.shape[3]
     rows = max(_LEAST_ROWS, SSIM_VALUES_AT_ONCE // (3 * width))
-    total = torch.zeros(len(clean), dtype=torch.float64)
+    total = torch.zeros(len(clean), dtype=torch.float64, device=clean.device)
     for start in range(0, height, rows):
         count = min(rows, height - start)
         x, y = (some[:, :, start : start + count + SSIM_WINDOW - 1].float() for some in (clean, poisoned))
@@ -195,7 +195,7 @@ class PixelReport:
         budgets = list(self._kept.items())
         return {
             **self._in_order(),
-            "counts": self._counts,
+            "counts": self._counts.copy(),
             "budget_norm": np.array([budget.norm for budget, _ in budgets], dtype=np.str_),
             "budget_epsilon": np.array([budget.epsilon for budget, _ in budgets], dtype=np.float64),
             "budget_kept": np.array([kept for _, kept in budgets], dtype=np.int64),

@@ -11,7 +11,7 @@ from matplotlib.figure import Figure
 from hf_unlearnable.images import Picture
 
 SHOWN = 256
-"""Pixels of the shorter side that a preview has room for."""
+"""Pixels of the shorter side (of the longer one, four times as many) that are enough for a preview."""
 
 
 @dataclass(frozen=True)
@@ -26,7 +26,8 @@ class Pair:
 
 def thinned(picture: Picture) -> Picture:
     """Of a picture that is larger than it would be shown, every n-th row and column, in memory of its own."""
-    step = max(1, min(picture.pixels.shape[1:]) // SHOWN)
+    short, long = sorted(picture.pixels.shape[1:])
+    step = max(1, short // SHOWN, long // (4 * SHOWN))
     alpha = picture.alpha
     return Picture(picture.pixels[:, ::step, ::step].clone(), None if alpha is None else alpha[::step, ::step].clone())
 

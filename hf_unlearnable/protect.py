@@ -24,7 +24,7 @@ from hf_unlearnable.metrics import PixelReport
 from hf_unlearnable.poisons.base import Poison
 from hf_unlearnable.poisons.with_surrogate import SurrogatePoison
 from hf_unlearnable.record import Record
-from hf_unlearnable.sizes import at_once_in, at_once_of
+from hf_unlearnable.sizes import at_once, tables
 from hf_unlearnable.sources import public_name
 
 SHARD_BYTES = 500_000_000
@@ -136,7 +136,7 @@ def _remove(path: Path) -> None:
 
 def _write(dataset: Dataset, image: str, folder: Path, split: str, progress: bool) -> list[Path]:
     folder.mkdir()
-    rows_per_group = at_once_of(dataset, image, ROWS_PER_GROUP)
+    rows_per_group = at_once(dataset, image, ROWS_PER_GROUP)
     shards = max(1, math.ceil(dataset.data.nbytes / SHARD_BYTES))
     files = [folder / f"{split}-{i:05d}-of-{shards:05d}.parquet" for i in range(shards)]
     for i, file in enumerate(tqdm(files, desc="writing", unit="shard", disable=not progress)):
@@ -144,11 +144,10 @@ def _write(dataset: Dataset, image: str, folder: Path, split: str, progress: boo
     return files
 
 
-def _published(files: list[Path], batch_size: int) -> Iterator[pa.Table]:
+def _published(files: list[Path], image: str, batch_size: int) -> Iterator[pa.Table]:
     for file in files:
         with pq.ParquetFile(file) as parquet:
-            for batch in parquet.iter_batches(at_once_in(parquet, batch_size)):
-                yield pa.Table.from_batches([batch])
+            yield from tables(parquet, image, batch_size)
 
 
 def _measure(
@@ -173,7 +172,7 @@ def _measure(
     pairs: dict[int, preview.Pair] = {}
     start = 0
     bar = tqdm(total=len(clean), desc="measuring", unit="rows", disable=not progress)
-    for table in _published(files, batch_size):
+    for table in _published(files, image, batch_size):
         rows = list(range(start, start + len(table)))
         before = cast(pa.Table, plain[start : start + len(table)])
         others = table.drop_columns([image])

@@ -1,46 +1,81 @@
-"""How many pictures are held at a time: fewer of large ones, so that memory depends on neither rows nor size."""
+"""How many pictures are held at a time: fewer where they are large."""
 
 import io
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import suppress
-from typing import Any
+from typing import Any, TypeVar
 
 import PIL.Image
+import pyarrow as pa
+import pyarrow.compute as pc
 import pyarrow.parquet as pq
 from datasets import Dataset, Image
 
 from hf_unlearnable.images import bytes_of
 
 VALUES, BYTES = 150_000_000, 50_000_000
-"""Values of decoded pictures, and bytes of losslessly stored ones, that are held at most (one picture in any case)."""
-_LOOKED_AT = 16
+"""Values of decoded pictures, and bytes of losslessly stored ones, that are held (one picture in any case)."""
+_LOOKED_AT, _SMALL = 16, 10_000
+
+T = TypeVar("T")
 
 
-def at_once(pictures: Iterable[Any], most: int) -> int:
-    """How many pictures like these to hold: at most `most`, and at least 1.
+def values_of(picture: Any) -> int:
+    """The values of an undecoded picture by its header.
 
-    Args:
-        pictures: as `datasets` hands them over undecoded; their headers alone are read. Those that cannot be read are
-            left for others to complain about.
+    0 of one of less than 10 kB, which is taken for small, of one at an address, which would have to be fetched, and of
+    one that cannot be read, which is left for others to complain about.
     """
-    largest = 1
-    for value in pictures:
-        with suppress(ValueError, OSError, SyntaxError, PIL.Image.DecompressionBombError):
-            data = bytes_of(value, "") if isinstance(value, dict) else value
-            opened = PIL.Image.open(io.BytesIO(data)) if isinstance(data, bytes) else data
-            if isinstance(opened, PIL.Image.Image):
-                largest = max(largest, 3 * opened.width * opened.height)
-    return max(1, min(most, VALUES // largest))
+    if not isinstance(picture, dict):
+        return 0
+    data, path = picture.get("bytes"), picture.get("path")
+    if (len(data) < _SMALL) if data is not None else (path is None or "://" in path):
+        return 0
+    with suppress(ValueError, OSError, SyntaxError, PIL.Image.DecompressionBombError):
+        width, height = PIL.Image.open(io.BytesIO(bytes_of(picture, ""))).size
+        return 3 * width * height
+    return 0
 
 
-def at_once_of(dataset: Dataset, image: str, most: int) -> int:
-    """`at_once` for the pictures of a split, judged by some rows spread over it."""
+def batches(items: Iterable[T], values: Callable[[T], int], most: int) -> Iterator[list[T]]:
+    """Items in their order, in batches of at most `most`, and of at most `VALUES` values."""
+    batch: list[T] = []
+    held = 0
+    for item in items:
+        size = values(item)
+        if batch and (len(batch) == most or held + size > VALUES):
+            yield batch
+            batch, held = [], 0
+        batch.append(item)
+        held += size
+    if batch:
+        yield batch
+
+
+def at_once(dataset: Dataset, image: str, most: int) -> int:
+    """How many pictures of a split to hold: at most `most`, and at least 1; judged by some rows spread over it."""
     rows = dataset.select(range(0, len(dataset), max(1, len(dataset) // _LOOKED_AT)))
-    return at_once(rows.with_format(None).cast_column(image, Image(decode=False))[image], most)
+    pictures = rows.with_format(None).cast_column(image, Image(decode=False))[image]
+    return max(1, min(most, VALUES // max([1, *map(values_of, pictures)])))
 
 
-def at_once_in(parquet: pq.ParquetFile, most: int) -> int:
-    """The same for a file of lossless pictures, judged by the bytes of a row."""
+def tables(parquet: pq.ParquetFile, image: str, most: int) -> Iterator[pa.Table]:
+    """The rows of a file of lossless pictures in their order, in tables of at most `most` rows and `VALUES` values."""
     rows = max(1, parquet.metadata.num_rows)
     stored = sum(parquet.metadata.row_group(i).total_byte_size for i in range(parquet.metadata.num_row_groups))
-    return max(1, min(most, BYTES * rows // max(1, stored)))
+    for batch in parquet.iter_batches(max(1, min(most, BYTES * rows // max(1, stored)))):
+        table = pa.Table.from_batches([batch])
+        values = _values(batch, image)
+        for part in batches(range(len(batch)), values.__getitem__, most):
+            yield table.slice(part[0], len(part))
+
+
+def _values(batch: pa.RecordBatch, image: str) -> list[int]:
+    column = batch.column(image) if image in batch.schema.names else None
+    if column is None or not pa.types.is_struct(column.type) or column.type.get_field_index("bytes") < 0:
+        return [0] * len(batch)
+    lengths = pc.call_function("binary_length", [column.field("bytes")]).to_pylist()
+    return [
+        values_of(column[i].as_py()) if length is not None and length >= _SMALL else 0
+        for i, length in enumerate(lengths)
+    ]

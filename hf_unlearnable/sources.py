@@ -213,11 +213,15 @@ class Stream:
             return
         for shard in range(first, last):
             part = self.rows.shard(self.rows.num_shards, shard, contiguous=True)
-            yield from _by_tables(part.skip(skip) if skip and shard == first else part)
+            part = part.skip(skip) if skip and shard == first else part
+            yield from _by_tables(part) if self.kind in ("parquet", "arrow") else part
 
 
 def _by_tables(rows: Dataset | IterableDataset) -> Iterator[dict[str, Any]]:
-    """The rows as Python values, several times faster than `datasets` hands out one after the other."""
+    """The rows as Python values, several times faster than `datasets` hands out one after the other.
+
+    For sources that are tables: of others it would make one of rows whose types it has guessed row by row.
+    """
     for table in rows.with_format("arrow").iter(ROWS_AT_ONCE):
         yield from cast(pa.Table, table).to_pylist()
 

@@ -27,14 +27,14 @@ from hf_unlearnable.images import (
     one_thread_in_workers,
     to_pil,
 )
-from hf_unlearnable.sizes import at_once, at_once_of
+from hf_unlearnable.sizes import at_once
 
 D = TypeVar("D", Dataset, DatasetDict, IterableDataset)
 _CHECK_COLUMN = "__stored_sha256__"
 VALUES_AT_ONCE = {"cpu": 1_000_000}
 """Values of pictures that are changed together: on a CPU as many as its caches hold, on an accelerator many more."""
 LEAST_AT_ONCE, LARGE = 250_000, 50_000
-"""Values that are worth a thread of their own, in pictures of so many: with many small ones, threads wait for Python."""
+"""Values that are worth a thread of their own, in pictures of so many: over small ones, threads wait for each other."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -143,14 +143,17 @@ class Transform:
         Args:
             split: required for a DatasetDict, whose other splits are left alone: only training data is to be changed.
             num_proc: worker processes; None for none.
-            batch_size: pictures held at most at a time; fewer of large ones (`sizes`).
+            batch_size: pictures held at most at a time; fewer of large ones (`sizes`), but in a stream, which cannot be
+                looked at beforehand, always so many.
             cache_dir: folder for the cache files; default: `datasets`' own choice, beside the source's cache.
 
         Raises:
-            ValueError: as `__call__`, naming the row of the split; a column that would not hold the result; a stored
-                picture that differs.
+            ValueError: a batch size below 1; as `__call__`, naming the row of the split; a column that would not hold
+                the result; a stored picture that differs.
             TypeError: not a Dataset, DatasetDict or IterableDataset.
         """
+        if batch_size < 1:
+            raise ValueError(f"expected a batch size of 1 or more, got {batch_size}")
         if isinstance(dataset, DatasetDict):
             if split is None:
                 raise ValueError(
@@ -186,11 +189,10 @@ class Transform:
         self.check_classes(names, f"column {label!r}")
         settled = replace(self, image_column=image, label_column=label)
         plain = dataset.cast_column(image, Image(decode=False))
-        first = (row[image] for row in plain.take(1))
         changed = plain.map(
             _Indexed(settled, image, label, stream=True, classes=len(names) if names else None),
             batched=True,
-            batch_size=at_once(first, batch_size),
+            batch_size=batch_size,
             with_indices=True,
             features=features,
         )
@@ -207,7 +209,7 @@ class Transform:
             columns.check_labels(dataset.with_format("arrow")[label], known, label)
         features, form = dataset.features.copy(), dataset.format
         plain = dataset.with_format(None).cast_column(image, Image(decode=False))
-        batch_size = at_once_of(plain, image, batch_size)
+        batch_size = max(1, at_once(plain, image, batch_size) // (num_proc or 1))
         chosen = self.chosen_exactly(plain, image, label)
         function = _Indexed(replace(self, image_column=image, label_column=label), image, label, chosen)
         state = json.dumps([plain._fingerprint, self.cache_state(), _CHECK_COLUMN], sort_keys=True)

@@ -55,7 +55,12 @@ def main(argv: Sequence[str] | None = None) -> None:
     words.add_argument("--license", help="of what is published: an identifier of the Hub, such as cc-by-4.0")
     words.add_argument("--source-license", help="of the source")
     words.add_argument("--contact", help="who answers questions")
-    parser.add_argument("--batch-size", type=int, default=500, help="pictures held at a time (default: 500)")
+    parser.add_argument(
+        "--batch-size",
+        type=int,
+        default=500,
+        help="pictures held at most at a time, fewer of large ones (default: 500)",
+    )
     parser.add_argument("--no-progress", dest="progress", action="store_false")
     arguments = parser.parse_args(argv)
     datasets.utils.logging.set_verbosity_error()

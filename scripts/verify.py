@@ -41,7 +41,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--original-size", nargs=2, type=int, metavar=("HEIGHT", "WIDTH"), help="before a resizing")
     parser.add_argument("--surrogate", help="of a method that has one: its file or Hub id")
     parser.add_argument("--decoys", type=int, default=1_000_000, help="keys that the claimed one must beat")
-    parser.add_argument("--batch-size", type=int, default=500, help="pictures held at a time (default: 500)")
+    parser.add_argument(
+        "--batch-size",
+        type=int,
+        default=500,
+        help="pictures held at most at a time, fewer of large ones (default: 500)",
+    )
     parser.add_argument("--no-progress", dest="progress", action="store_false")
     arguments = parser.parse_args(argv)
     try:

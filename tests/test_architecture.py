@@ -28,7 +28,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "erasing": {"augment", "plasma", "policies"},
     "pgd": {"augment", "budget", "environment", "networks"},
     "augment": {"images", "keys"},
-    "batches": {"images", "keys", "columns"},
+    "batches": {"images", "keys", "columns", "sizes"},
     "checkpoint": set(),
     "demo": {"keys"},
     "sources": {"demo"},

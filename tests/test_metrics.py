@@ -89,3 +89,12 @@ def test_small_pictures_have_no_ssim_and_an_empty_report_is_an_error() -> None:
     assert report.summary()["perceptual_rows"] == 3
     with pytest.raises(ValueError, match="no pictures"):
         metrics.PixelReport().summary()
+
+
+def test_what_was_handed_out_does_not_change_afterwards() -> None:
+    report = metrics.PixelReport()
+    report.update(*pair(), list(range(6)))
+    counts = report.arrays()["counts"]
+    before = counts.copy()
+    report.update(*pair(), list(range(6, 12)))
+    assert np.array_equal(counts, before)

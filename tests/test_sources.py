@@ -1,4 +1,5 @@
 import io
+import json
 import tarfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -190,6 +191,27 @@ def test_archives_hand_over_the_bytes_that_are_stored(kind: str, tmp_path: Path)
     stream = sources.stream_split(tmp_path / "a.tar")
     assert [row[suffix]["bytes"] for row in stream.read(0, 1)] == stored
     assert [row[suffix]["bytes"] for row in stream.read(0, 1, skip=2, rows=3)] == stored[2:5]
+
+
+def test_a_stream_of_archives_whose_rows_differ(tmp_path: Path) -> None:
+    buffer = io.BytesIO()
+    PIL.Image.fromarray(noise_pictures(1)[0]).save(buffer, "PNG")
+    told = [{"caption": "a", "tags": ["x"]} for _ in range(8)]
+    told[6:] = [{"caption": None, "tags": ["y"]}, {"caption": "c", "tags": []}]
+    with tarfile.open(tmp_path / "train-0.tar", "w") as archive:
+        for i, row in enumerate(told):
+            members = {
+                "png": buffer.getvalue(),
+                "json": json.dumps(row).encode(),
+                **({} if i == 7 else {"txt": b"text"}),
+            }
+            for suffix, content in members.items():
+                member = tarfile.TarInfo(f"{i}.{suffix}")
+                member.size = len(content)
+                archive.addfile(member, io.BytesIO(content))
+    rows = list(sources.stream_split(tmp_path / "train-0.tar").read(0, 1))
+    assert [row["json"] for row in rows] == told
+    assert [row["txt"] for row in rows] == [*["text"] * 7, None]
 
 
 def test_streams_that_are_not_there(small: Dataset, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

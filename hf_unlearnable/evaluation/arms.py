@@ -18,6 +18,7 @@ from hf_unlearnable.images import decode_many, digest, to_float, to_uint8
 from hf_unlearnable.keys import torch_generator
 from hf_unlearnable.poisons.noise import RandomNoisePoison
 from hf_unlearnable.record import Record
+from hf_unlearnable.sizes import at_once
 
 MOST_OVERLAP = 0.01
 _AT_ONCE = 1024
@@ -192,8 +193,9 @@ def _load(
     column = columns.image_column(dataset.features, image_column)
     stored = dataset.with_format(None).select_columns(column).cast_column(column, Image(decode=False))
     digests: list[bytes] = []
-    for start in range(0, len(stored), _AT_ONCE):
-        digests += [digest(picture.pixels) for picture in decode_many(stored[start : start + _AT_ONCE][column])]
+    step = at_once(stored, column, _AT_ONCE)
+    for start in range(0, len(stored), step):
+        digests += [digest(picture.pixels) for picture in decode_many(stored[start : start + step][column])]
     return found, digests
 
 

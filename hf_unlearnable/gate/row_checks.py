@@ -31,7 +31,7 @@ from hf_unlearnable.gate.record_checks import BOUNDED_BY
 from hf_unlearnable.images import Picture, digest
 from hf_unlearnable.poisons.names import POISONS, arguments_of
 from hf_unlearnable.record import Record
-from hf_unlearnable.sizes import at_once_in
+from hf_unlearnable.sizes import tables
 
 
 def check_rows(
@@ -53,9 +53,9 @@ def check_rows(
         for file in files:
             try:
                 with pq.ParquetFile(file) as parquet:
-                    for batch in parquet.iter_batches(at_once_in(parquet, batch_size)):
-                        rows.update(pa.Table.from_batches([batch]))
-                        bar.update(len(batch))
+                    for table in tables(parquet, rows.image, batch_size):
+                        rows.update(table)
+                        bar.update(len(table))
             except (pa.ArrowException, OSError) as error:
                 why = str(error).splitlines()[0][:200]
                 found.append(Finding("parquet", f"{file.name}: unreadable from row {rows.count} on: {why}"))

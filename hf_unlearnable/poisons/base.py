@@ -13,6 +13,7 @@ from hf_unlearnable.budget import Budget
 from hf_unlearnable.draws import Draws
 from hf_unlearnable.images import Images, Labels, Picture, Pixels, decode_many, digest, to_float, to_uint8
 from hf_unlearnable.keys import Key, cache_tag, check_key, uniforms
+from hf_unlearnable.sizes import at_once
 from hf_unlearnable.transform import Transform
 
 
@@ -48,6 +49,11 @@ class Poison(Transform):
             if not wanted or wanted[0] < 0 or wanted[-1] >= top:
                 raise ValueError(f"classes are labels from 0 to {top - 1}, at least one, got {self.classes}")
             object.__setattr__(self, "classes", wanted)
+
+    def __init_subclass__(cls, **kwargs: Any) -> None:
+        super().__init_subclass__(**kwargs)
+        if "perturb" in vars(cls) and "perturb_pixels" not in vars(cls):
+            cls.perturb_pixels = Poison.perturb_pixels  # not that of another `perturb`
 
     # What a method defines.
 
@@ -107,8 +113,9 @@ class Poison(Transform):
         if self.poison_rate == 1:
             return None
         ranks = np.empty(len(dataset))
-        for start in tqdm(range(0, len(dataset), 500), desc=f"{self.name}: choosing rows", unit="x500 rows"):
-            values = dataset[start : start + 500][image_column]
+        step = at_once(dataset, image_column, 500)
+        for start in tqdm(range(0, len(dataset), step), desc=f"{self.name}: choosing rows", unit=f"x{step} rows"):
+            values = dataset[start : start + step][image_column]
             rows = slice(start, start + len(values))
             ranks[rows] = self._ranks(decode_many(values, where=[f"row {start + i}" for i in range(len(values))]))
         eligible = np.arange(len(dataset))

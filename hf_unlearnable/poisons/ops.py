@@ -15,6 +15,7 @@ from hf_unlearnable.draws import Draws
 from hf_unlearnable.images import Images, Labels, decode, decode_many
 from hf_unlearnable.keys import Key, cache_tag, subkey
 from hf_unlearnable.poisons.base import Poison
+from hf_unlearnable.sizes import at_once
 
 _COLOURS = np.array([(code >> 2 & 1, code >> 1 & 1, code & 1) for code in range(8)])
 
@@ -154,6 +155,7 @@ def _moments(
     (column,) = pictures.column_names
     shape = decode(pictures[0][column], where="row 0").pixels.shape
     sums, squares = np.zeros((2, num_classes, *shape), dtype=np.int64)
+    batch_size = at_once(pictures, column, batch_size)
     starts = range(0, len(pictures), batch_size)
     for start in tqdm(starts, desc="ops: choosing pixels", unit=f"x{batch_size} rows", disable=not progress):
         values = pictures[start : start + batch_size][column]

@@ -13,7 +13,7 @@ from tqdm.auto import tqdm
 from hf_unlearnable import columns
 from hf_unlearnable.digests import columns_digest, split_digest
 from hf_unlearnable.images import Picture, decode_many, digest_many
-from hf_unlearnable.sizes import at_once_in
+from hf_unlearnable.sizes import tables
 
 
 @dataclass(frozen=True)
@@ -53,8 +53,7 @@ def rows_of(files: Iterable[Path], image_column: str | None, batch_size: int = 5
     for file in files:
         name = columns.image_column(features_of(file), image_column)
         with pq.ParquetFile(file) as parquet:
-            for batch in parquet.iter_batches(at_once_in(parquet, batch_size)):
-                table = pa.Table.from_batches([batch])
+            for table in tables(parquet, name, batch_size):
                 stored = table[name].to_pylist()
                 where = [f"published row {start + i}" for i in range(len(stored))]
                 yield Rows(start, decode_many(stored, where=where), stored, table.drop_columns([name]))

@@ -34,7 +34,7 @@ from hf_unlearnable.publishing.readback import Rows, rows_of
 from hf_unlearnable.publishing.rebuild import rebuild
 from hf_unlearnable.publishing.standing import README, read_record
 from hf_unlearnable.record import Record
-from hf_unlearnable.sizes import at_once_of
+from hf_unlearnable.sizes import at_once
 
 SAME_VALUES = 0.99
 """Of a method with a surrogate: the share of values that must be recomputed exactly (its arithmetic may differ in the
@@ -155,7 +155,7 @@ def recognise(
     if names is not None and told is not None and list(names) != told:
         raise ValueError(f"expected the classes of the record in their order, {told}, got {list(names)}")
     plain = dataset.with_format(None).cast_column(image, Image(decode=False))
-    batch_size = at_once_of(plain, image, batch_size)
+    batch_size = at_once(plain, image, batch_size)
 
     def batches() -> Iterator[tuple[list[Picture], list[int]]]:
         for start in range(0, len(plain), batch_size):
@@ -312,7 +312,7 @@ def _recomputed(rows: Iterator[Rows], record: Record, clean: Dataset, poison: Po
     learns = isinstance(poison, SurrogatePoison)
     bad: list[int] = []
     equal = values = changed = 0
-    for some in tqdm(rows, desc="recomputing", unit="x500 rows", disable=not progress):
+    for some in tqdm(rows, desc="recomputing", unit=" batches", disable=not progress):
         stop = some.start + len(some.pictures)
         batch = plain[some.start : stop]
         where = [f"clean row {row}" for row in range(some.start, stop)]

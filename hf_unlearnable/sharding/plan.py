@@ -21,7 +21,6 @@ from hf_unlearnable.poisons.base import Poison
 from hf_unlearnable.protect import PERCEPTUAL_ROWS, PREVIEW_ROWS, check_request, describe_key, label_column
 from hf_unlearnable.sharding.files import SUFFIXES, Container, form_of
 from hf_unlearnable.sharding.storage import Storage
-from hf_unlearnable.sizes import at_once
 from hf_unlearnable.sources import Stream, public_name
 
 FOLDER = ".shards"
@@ -169,7 +168,7 @@ def terms_of(
             "classes": list(names) if names else None,
         },
         "on_error": on_error,
-        "batch_size": at_once((row[image] for row in stream.read(0, 1, rows=1)), batch_size),
+        "batch_size": batch_size,
         "versions": versions("pyarrow"),
     }
     form_of(stream, terms, 1)

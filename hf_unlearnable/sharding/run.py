@@ -49,8 +49,8 @@ def protect_shards(
         shards: how many there are in all; None for the plan's, or about one for each 10,000 rows.
         only: their numbers, from 1; None for all, of which process `rank` of `processes` makes its share.
         container: "parquet", or "webdataset" for tar archives (`files.Archive`), which `publish` does not take.
-        batch_size: pictures held at most at a time, fewer where the first one is large; it shapes the files, so that
-            all runs must use the same.
+        batch_size: pictures held at most at a time, fewer of large ones; it shapes the files, so that all runs must use
+            the same.
         on_error: "stop" at an unreadable picture, or "skip": its row is left out, and listed with the reason in the
             manifest and in `source["left_out"]` of the record.
         record_seed: as in `protect`.

@@ -5,7 +5,6 @@ import time
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
-from itertools import islice
 from typing import Any
 
 import numpy as np
@@ -22,6 +21,7 @@ from hf_unlearnable.sharding.files import SUFFIXES, Writer, form_of, publishable
 from hf_unlearnable.sharding.manifest import Manifest, pack
 from hf_unlearnable.sharding.plan import Plan
 from hf_unlearnable.sharding.storage import Storage
+from hf_unlearnable.sizes import batches, values_of
 from hf_unlearnable.sources import Stream
 
 
@@ -30,7 +30,8 @@ def make_shard(
 ) -> Manifest:
     """Poison the rows of one shard, read back what was stored, measure it, and put the shard into its place.
 
-    Memory holds a batch of pictures and a few numbers for every row. The manifest is written last.
+    Memory holds a batch of pictures (fewer of large ones), some rows of the source undecoded, and a few numbers for
+    every row. The manifest is written last.
 
     Raises:
         ValueError: as `Transform.apply`; other rows than the plan says; begins with the shard.
@@ -49,7 +50,7 @@ def make_shard(
                 form.writer(file) as writer,
                 tqdm(total=part.rows, desc=name, unit="rows", disable=not progress) as bar,
             ):
-                for batch in _batches(rows, plan.terms["batch_size"]):
+                for batch in batches(rows, lambda row: values_of(row[work.image]), plan.terms["batch_size"]):
                     work.batch(batch, writer)
                     bar.update(len(batch))
             if part.rows not in (None, work.seen):
@@ -79,11 +80,6 @@ def make_shard(
         storage.put(plan.file(shard), file)
     manifest.save(storage, plan)
     return manifest
-
-
-def _batches(rows: Iterator[dict[str, Any]], size: int) -> Iterator[list[dict[str, Any]]]:
-    while batch := list(islice(rows, size)):
-        yield batch
 
 
 @dataclass
@@ -177,7 +173,7 @@ class _Work:
         others = bytearray()
         for row in rows:
             told = columns_digest({name: value for name, value in row.items() if name != self.image})
-            state.update(told + hashlib.sha256(row[self.image]["bytes"]).digest())
+            state.update(told + hashlib.sha256(row[self.image]["bytes"] or b"").digest())
             others += told
         return bytes(others)
 

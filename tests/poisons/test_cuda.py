@@ -193,3 +193,12 @@ def test_draws_are_not_used() -> None:
     )
     assert out.min() >= 0
     assert out.max() == 1
+
+
+def test_a_subclass_with_a_perturbation_of_its_own_is_stored_as_it_says() -> None:
+    class White(CudaPoison):
+        def perturb(self, x: torch.Tensor, y: torch.Tensor | None, draws: Draws) -> torch.Tensor:
+            return torch.ones_like(x)
+
+    pixels = torch.zeros(2, 3, 8, 8, dtype=torch.uint8)
+    assert bool((White(seed=0).change(pixels, torch.tensor([0, 1]), ["a", "b"]) == 255).all())
