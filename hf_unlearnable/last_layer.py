@@ -47,12 +47,24 @@ def refit_last_layer(
     Raises:
         TypeError: the network does not end with a linear layer.
         ValueError: no rows.
-        FloatingPointError: the search diverged.
+        FloatingPointError: the search diverged, and did so with steps of down to a 32nd of that length.
 
     Source: METHODS_NEW N23.
-    Deviations: features once a batch, so "train" moves the running statistics once where the source does at each of
-    the inner evaluations; dropout is off; for the best of all checkpoints call this on each.
+    Deviations: a search that diverges is begun anew with half the step length; features once a batch, so "train" moves
+    the running statistics once where the source does at each of the inner evaluations; dropout is off; for the best of
+    all checkpoints call this on each.
     """
+    for halvings in range(6):
+        refit = _refit(network, clean, bn, epochs, batch_size, learning_rate / 2**halvings, seed)
+        if refit is not None:
+            return refit
+    raise FloatingPointError(f"the search diverged: lower the learning rate, got {learning_rate}")
+
+
+def _refit(
+    network: Network, clean: Batches, bn: str, epochs: int, batch_size: int, learning_rate: float, seed: Key
+) -> Network | None:
+    """None where the search diverged."""
     refit = copy.deepcopy(network)
     layer = refit.backbone.get_classifier()
     if not isinstance(layer, nn.Linear):
@@ -85,7 +97,7 @@ def refit_last_layer(
 
                 optimizer.step(objective)  # type: ignore[arg-type]  (the closure returns a tensor)
     if not all(bool(part.isfinite().all()) for part in free):
-        raise FloatingPointError(f"the search diverged: lower the learning rate, got {learning_rate}")
+        return None
     with torch.no_grad():
         layer.weight.copy_(weight)
         if bias is not None:

@@ -11,7 +11,7 @@ from accelerate import Accelerator
 from accelerate.state import AcceleratorState
 from torch import Tensor, nn
 
-from hf_unlearnable import create_network
+from hf_unlearnable import create_network, last_layer
 from hf_unlearnable.augment import CropFlip
 from hf_unlearnable.batches import Batches
 from hf_unlearnable.last_layer import LastLayerResult, dfr_with_controls, refit_last_layer
@@ -147,6 +147,23 @@ def test_what_cannot_be_refitted() -> None:
     found.backbone.reset_classifier(0)
     with pytest.raises(TypeError, match="linear layer, got Identity"):
         refit_last_layer(found, coloured(), seed=0)
+
+
+def test_a_search_that_diverges_is_begun_anew_with_half_the_step(monkeypatch: pytest.MonkeyPatch) -> None:
+    steps: list[float] = []
+    refit = last_layer._refit
+
+    def watched(network, clean, bn, epochs, batch_size, learning_rate, seed):
+        steps.append(learning_rate)
+        return None if len(steps) < 3 else refit(network, clean, bn, epochs, batch_size, learning_rate, seed)
+
+    monkeypatch.setattr(last_layer, "_refit", watched)
+    victim = network(seed=3)
+    found = refit_last_layer(victim, coloured(60), epochs=2, seed=0)
+    assert steps == [0.5, 0.25, 0.125]
+    expected = refit(victim, coloured(60), "eval", 2, 1024, 0.125, 0)
+    assert expected is not None
+    assert torch.equal(found.backbone.get_classifier().weight, expected.backbone.get_classifier().weight)
 
 
 def test_the_controls_are_what_they_say(accelerator: Accelerator) -> None:
