@@ -1,6 +1,7 @@
 """DFR: fit the last layer of a victim anew, to a few clean pictures."""
 
 import copy
+import warnings
 from dataclasses import dataclass
 from typing import Literal
 
@@ -50,13 +51,19 @@ def refit_last_layer(
         FloatingPointError: the search diverged, and did so with steps of down to a 32nd of that length.
 
     Source: METHODS_NEW N23.
-    Deviations: a search that diverges is begun anew with half the step length; features once a batch, so "train" moves
-    the running statistics once where the source does at each of the inner evaluations; dropout is off; for the best of
-    all checkpoints call this on each.
+    Deviations: a search that diverges is begun anew with half the step length, and a warning; features once a batch, so
+    "train" moves the running statistics once where the source does at each of the inner evaluations; dropout is off;
+    for the best of all checkpoints call this on each.
     """
     for halvings in range(6):
         refit = _refit(network, clean, bn, epochs, batch_size, learning_rate / 2**halvings, seed)
         if refit is not None:
+            if halvings:
+                warnings.warn(
+                    f"the search for the last layer diverged with steps of {learning_rate}: their length is "
+                    f"{learning_rate / 2**halvings} now",
+                    stacklevel=2,
+                )
             return refit
     raise FloatingPointError(f"the search diverged: lower the learning rate, got {learning_rate}")
 

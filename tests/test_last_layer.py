@@ -159,7 +159,8 @@ def test_a_search_that_diverges_is_begun_anew_with_half_the_step(monkeypatch: py
 
     monkeypatch.setattr(last_layer, "_refit", watched)
     victim = network(seed=3)
-    found = refit_last_layer(victim, coloured(60), epochs=2, seed=0)
+    with pytest.warns(UserWarning, match="diverged with steps of 0.5: their length is 0.125 now"):
+        found = refit_last_layer(victim, coloured(60), epochs=2, seed=0)
     assert steps == [0.5, 0.25, 0.125]
     expected = refit(victim, coloured(60), "eval", 2, 1024, 0.125, 0)
     assert expected is not None

@@ -25,6 +25,9 @@ from hf_unlearnable.protect import protect
 from tests.conftest import load_script, make_dataset, noise_pictures
 from tests.evaluation.test_findings import result
 
+# of a victim of one epoch, on some processors
+pytestmark = pytest.mark.filterwarnings("ignore:the search for the last layer diverged")
+
 SETTING = Setting(
     detector_epochs=1, sample_epochs=(1,), dfr_rows=50, recovery_epochs=1, draws=60, certificate_rows=20, hidden=1
 )
