@@ -412,6 +412,12 @@ def test_costs_have_their_closed_forms() -> None:
     assert found[2].core_hours == pytest.approx(1.0)
 
 
+def test_records_of_earlier_versions_make_a_page_too() -> None:
+    folder = Path(__file__).parent.parent / "cards/results"
+    scale, coded = (json.loads((folder / f"{name}.json").read_text()) for name in ("scale", "containers"))
+    assert "| 224 px | 2000 | 1.63 | not measured | 4.41 |" in page(scale, coded, Prices())
+
+
 def test_costs_refuse_other_figures() -> None:
     with pytest.raises(
         ValueError, match=r"expected a size that both files measured, got \['32', '224', '9'\] and \['7'\]"

@@ -203,11 +203,15 @@ def _ratios(scale: Mapping[str, Any]) -> list[str]:
         "|---|---|---|---|---|---|---|---|",
     ]
     for size, told in scale["over plain map"].items():
-        plain, checked, whole = (told[f"over {base}"] for base in ("plain map", "checked map", "whole split"))
-        few = "shards, few measured"
-        cells = [plain[few], checked[few], *(plain[name] for name in ("shards", "shards, and merge", "whole split"))]
-        cells.append(whole["shards, and merge"])
-        lines.append(f"| {size} | {told['rows']} | {' | '.join(f'{cell:.2f}' for cell in cells)} |")
+        plain, checked, few = told["over plain map"], told.get("over checked map", {}), "shards, few measured"
+        cells = [
+            plain[few],
+            checked.get(few),
+            *(plain[name] for name in ("shards", "shards, and merge", "whole split")),
+        ]
+        cells.append(told["over whole split"]["shards, and merge"])
+        shown = ["not measured" if cell is None else f"{cell:.2f}" for cell in cells]
+        lines.append(f"| {size} | {told['rows']} | {' | '.join(shown)} |")
     return [
         *lines,
         "",
