@@ -128,7 +128,7 @@ def _threaded(function: Callable[[T], R], items: Sequence[T]) -> list[R]:
     return [result for part in in_threads(lambda part: [function(item) for item in part], parts) for result in part]
 
 
-def bytes_of(value: dict[str, Any], where: str) -> bytes:
+def _bytes_of(value: dict[str, Any], where: str) -> bytes:
     """The stored bytes of an undecoded picture: its own, or those of the file at its path or address.
 
     Raises:
@@ -291,7 +291,7 @@ def decode(value: Any, *, where: str = "picture") -> Picture:
     if value is None:
         raise ValueError(f"{where}: expected a picture, got None")
     if isinstance(value, dict):
-        value = bytes_of(value, where)
+        value = _bytes_of(value, where)
     if isinstance(value, bytes | bytearray | memoryview):
         data = bytes(value)
         plain = _decode_plain(data)

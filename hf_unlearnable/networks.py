@@ -240,7 +240,7 @@ def memory_format(device: torch.device) -> torch.memory_format:
 
 def placed(module: M, device: str | torch.device) -> M:
     """The module itself, moved to a device in the layout that convolutions are fastest in there."""
-    return module.to(device=device, memory_format=memory_format(torch.device(device)))  # type: ignore[call-overload]  (stubs lack the pair)
+    return module.to(device).to(memory_format=memory_format(torch.device(device)))
 
 
 def _timm_name(backbone: str, small: bool) -> str:

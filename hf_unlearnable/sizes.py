@@ -11,8 +11,6 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 from datasets import Dataset, Image
 
-from hf_unlearnable.images import bytes_of
-
 VALUES, BYTES = 150_000_000, 50_000_000
 """Values of decoded pictures, and bytes of losslessly stored ones, that are held (one picture in any case)."""
 _LOOKED_AT, _SMALL = 16, 10_000
@@ -29,11 +27,15 @@ def values_of(picture: Any) -> int:
     if not isinstance(picture, dict):
         return 0
     data, path = picture.get("bytes"), picture.get("path")
-    if (len(data) < _SMALL) if data is not None else (path is None or "://" in path):
+    if data is None and (path is None or "://" in path):
         return 0
-    with suppress(ValueError, OSError, SyntaxError, PIL.Image.DecompressionBombError):
-        width, height = PIL.Image.open(io.BytesIO(bytes_of(picture, ""))).size
-        return 3 * width * height
+    if data is not None and len(data) < _SMALL:
+        return 0
+    with (
+        suppress(ValueError, OSError, SyntaxError, PIL.Image.DecompressionBombError),
+        PIL.Image.open(str(path) if data is None else io.BytesIO(data)) as opened,
+    ):
+        return 3 * opened.width * opened.height
     return 0
 
 

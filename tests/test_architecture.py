@@ -20,7 +20,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "architectures": set(),
     "networks": {"architectures"},
     "budget": {"images"},
-    "sizes": {"images"},
+    "sizes": set(),
     "transform": {"images", "columns", "environment", "sizes"},
     "draws": {"images", "keys"},
     "policies": {"augment", "images", "plasma"},
