@@ -139,10 +139,11 @@ def check_label(value: Any, where: str, column: str, classes: int | None = None)
     Raises:
         ValueError: None, negative, no integer, or not below `classes`; begins with `where`.
     """
-    if isinstance(value, Tensor | np.generic):
-        value = value.item()
-    if isinstance(value, bool) or not isinstance(value, int):
-        raise ValueError(f"{where}: expected a class (an integer, 0 or more) in column {column!r}, got {value!r}")
+    if type(value) is not int:
+        if isinstance(value, Tensor | np.generic):
+            value = value.item()
+        if isinstance(value, bool) or not isinstance(value, int):
+            raise ValueError(f"{where}: expected a class (an integer, 0 or more) in column {column!r}, got {value!r}")
     if value < 0:
         raise ValueError(f"{where}: expected a class (0 or more) in column {column!r}, got {value}")
     if classes is not None and value >= classes:

@@ -7,12 +7,12 @@ from pathlib import Path
 from typing import Any
 
 ROW_BYTES = 16
+_JSON = json.JSONEncoder(default=repr)
 
 
 def columns_digest(row: Mapping[str, Any]) -> bytes:
     """16 bytes that identify what a row holds beside its picture: BLAKE2b of its columns' names and values as JSON."""
-    told = json.dumps(list(row.items()), default=repr)
-    return hashlib.blake2b(told.encode(), digest_size=ROW_BYTES).digest()
+    return hashlib.blake2b(_JSON.encode(list(row.items())).encode(), digest_size=ROW_BYTES).digest()
 
 
 def split_digest(rows: Iterable[bytes | bytearray]) -> str:

@@ -62,7 +62,12 @@ def to_uint8(x: Float[Tensor, "*b 3 h w"], where: Sequence[str] | None = None) -
         if rows:
             at = f"row {rows[0]} of the batch" if where is None else where[rows[0]]
             raise ValueError(f"expected pictures of numbers in [0, 1], got NaN in {at}")
-    return levels.clamp_(0, 255).to(torch.uint8)
+    return as_uint8(levels.clamp_(0, 255))
+
+
+def as_uint8(levels: Float[Tensor, "*shape"]) -> UInt8[Tensor, "*shape"]:
+    """Whole numbers from 0 to 255 as uint8; on a CPU by way of 16 bits, which PyTorch does several times faster."""
+    return (levels.to(torch.int16) if levels.device.type == "cpu" else levels).to(torch.uint8)
 
 
 def digest(pixels: UInt8[Tensor, "3 h w"]) -> bytes:
@@ -225,7 +230,7 @@ def _decode_plain(data: bytes) -> Tensor | None:
     if data[:3] != b"\xff\xd8\xff" or b"Exif\0\0" in data or b"Orientation" in data or not _jpeg_decoders_agree():
         return None
     pixels = _decode_by(_decode_jpeg, data)
-    return pixels if pixels is not None and pixels.shape[0] == 3 else None
+    return pixels.contiguous() if pixels is not None and pixels.shape[0] == 3 else None
 
 
 def _from_pil(picture: PIL.Image.Image, where: str) -> Picture:
@@ -361,11 +366,13 @@ def encode_many(
     image_format: ImageFormat = "png",
     compress_level: int = 1,
     where: Sequence[str] | None = None,
+    read_back: Sequence[bool] | None = None,
 ) -> list[bytes]:
     """`encode` for many pictures, in threads.
 
     Args:
         where: what each picture is called in errors; with it, what was made is decoded again and compared.
+        read_back: for which of them (default: all).
 
     Raises:
         ValueError: what was made does not hold the picture; begins with its `where`.
@@ -374,14 +381,15 @@ def encode_many(
     if where is None:
         return _threaded(lambda picture: encode(picture, **how), pictures)
 
-    def checked(item: tuple[Picture, str]) -> bytes:
-        picture, at = item
+    def checked(item: tuple[Picture, str, bool]) -> bytes:
+        picture, at, again = item
         data = encode(picture, **how)
-        if not _holds(data, picture, at):
+        if again and not _holds(data, picture, at):
             raise ValueError(f"{at}: the stored picture is not the one that was made")
         return data
 
-    return _threaded(checked, list(zip(pictures, where, strict=True)))
+    again = [True] * len(pictures) if read_back is None else read_back
+    return _threaded(checked, list(zip(pictures, where, again, strict=True)))
 
 
 def _holds(data: bytes, picture: Picture, where: str) -> bool:

@@ -117,7 +117,7 @@ class PixelReport:
             self._kept[budget] = self._kept.get(budget, 0) + len(rows)
 
         def measured(part: slice) -> tuple[dict[str, np.ndarray], np.ndarray]:
-            return self._measured(torch.stack(list(clean[part])), torch.stack(list(poisoned[part])), rows[part], budget)
+            return self._measured(_together(clean[part]), _together(poisoned[part]), rows[part], budget)
 
         for columns, counts in in_threads(measured, parts):
             self._counts += counts
@@ -228,6 +228,10 @@ class PixelReport:
 
     def _add(self, name: str, values: np.ndarray) -> None:
         self._rows.setdefault(name, []).append(values)
+
+
+def _together(pictures: Sequence[Tensor]) -> Pixels:
+    return pictures[0][None] if len(pictures) == 1 else torch.stack(list(pictures))
 
 
 def _row_sums(values: np.ndarray) -> np.ndarray:

@@ -1,6 +1,7 @@
 """How many pictures are held at a time: fewer where they are large."""
 
 import io
+import struct
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import suppress
 from typing import Any, TypeVar
@@ -14,6 +15,7 @@ from datasets import Dataset, Image
 VALUES, BYTES = 150_000_000, 50_000_000
 """Values of decoded pictures, and bytes of losslessly stored ones, that are held (one picture in any case)."""
 _LOOKED_AT, _SMALL = 16, 10_000
+_FRAMES = frozenset(range(0xC0, 0xD0)) - {0xC4, 0xC8, 0xCC}
 
 T = TypeVar("T")
 
@@ -31,11 +33,24 @@ def values_of(picture: Any) -> int:
         return 0
     if data is not None and len(data) < _SMALL:
         return 0
+    if data is not None and (values := _values_of_jpeg(data)):
+        return values
     with (
         suppress(ValueError, OSError, SyntaxError, PIL.Image.DecompressionBombError),
         PIL.Image.open(str(path) if data is None else io.BytesIO(data)) as opened,
     ):
         return 3 * opened.width * opened.height
+    return 0
+
+
+def _values_of_jpeg(data: bytes) -> int:
+    """By the frame header, far faster than by opening the picture; 0 where that is not where a plain JPEG has it."""
+    place = 2 if data[:2] == b"\xff\xd8" else len(data)
+    while place + 9 <= len(data) and data[place] == 0xFF:
+        if data[place + 1] in _FRAMES:
+            height, width = struct.unpack_from(">HH", data, place + 5)
+            return 3 * height * width
+        place += 2 + int.from_bytes(data[place + 2 : place + 4], "big")
     return 0
 
 

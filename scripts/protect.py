@@ -94,6 +94,11 @@ def main(argv: Sequence[str] | None = None) -> None:
     streams.add_argument(
         "--on-error", choices=("stop", "skip"), help="unreadable pictures: stop (default), or leave out"
     )
+    streams.add_argument(
+        "--read-back-every",
+        type=int,
+        help="decode every n-th stored picture again, and compare (default: 1, and 16 above 10,000 rows)",
+    )
     streams.add_argument("--merge", action="store_true", help="check finished shards and make them one dataset")
     if name in POISONS:
         options.add_fields(parser.add_argument_group(f"settings of {name}"), POISONS[name], skip=settled(POISONS[name]))
@@ -154,6 +159,7 @@ def run_stream(arguments: argparse.Namespace, poison_class: type[hu.Poison]) -> 
         container=arguments.container or "parquet",
         batch_size=arguments.batch_size,
         on_error=arguments.on_error or "stop",
+        read_back_every=arguments.read_back_every,
         record_seed=arguments.record_seed,
     )
     if only is None and processes == 1:
@@ -192,7 +198,11 @@ def make_poison(
 
 
 def run(arguments: argparse.Namespace, poison_class: type[hu.Poison]) -> None:
-    given = [flag for flag in ("shard", "num_shards", "container", "on_error") if getattr(arguments, flag) is not None]
+    given = [
+        flag
+        for flag in ("shard", "num_shards", "container", "on_error", "read_back_every")
+        if getattr(arguments, flag) is not None
+    ]
     if given:
         raise ValueError(f"--{given[0].replace('_', '-')} is for --streaming")
     dataset = sources.load_split(arguments.dataset, arguments.split, config=arguments.config)

@@ -40,6 +40,38 @@ def test_values_are_told_by_the_header(tmp_path: Path) -> None:
     assert sizes.values_of({"bytes": None, "path": str(tmp_path / "a.jpg")}) == 36_000_000
 
 
+def jpeg(**options: object) -> bytes:
+    buffer = io.BytesIO()
+    PIL.Image.fromarray(noise_pictures(1, 120, 200)[0]).save(buffer, "JPEG", **options)
+    return buffer.getvalue()
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {},
+        {"progressive": True},
+        {"quality": 95, "subsampling": 0},
+        {"exif": b"Exif\0\0" + bytes(300)},
+        {"comment": b"x"},
+    ],
+)
+def test_frames_of_jpegs(options: dict[str, object]) -> None:
+    data = jpeg(quality=100) if not options else jpeg(**{"quality": 100, **options})
+    assert sizes.values_of({"bytes": data, "path": None}) == 3 * 120 * 200
+    assert sizes._values_of_jpeg(data) == 3 * 120 * 200
+
+
+def test_jpegs_that_are_not_plain_are_left_to_the_decoder() -> None:
+    data = jpeg(quality=100)
+    frame = data.index(b"\xff\xc0")
+    filled = data[:frame] + b"\xff\xff" + data[frame:]  # fill bytes before a marker are allowed
+    assert sizes._values_of_jpeg(filled) == 0
+    assert sizes.values_of({"bytes": filled, "path": None}) == 3 * 120 * 200
+    for broken in (data[:frame], data[: frame + 6], b"\xff\xd8" + b"\xff\xe0\0\0" * 3000, b"\xff\xd8\xff"):
+        assert sizes._values_of_jpeg(broken) == 0
+
+
 def test_what_cannot_be_read_is_left_for_others_to_complain_about() -> None:
     unreadable = {"bytes": b"no picture" * 10_000, "path": None}
     for value in (None, unreadable, {"bytes": None, "path": "/nowhere"}, {"bytes": None, "path": "s3://bucket/a.jpg"}):

@@ -12,13 +12,13 @@ from jaxtyping import Float
 from torch import Tensor
 
 from hf_unlearnable.draws import Draws
-from hf_unlearnable.images import Images, Labels, Pixels
+from hf_unlearnable.images import Images, Labels, Pixels, as_uint8
 from hf_unlearnable.keys import Key, numpy_generator
 from hf_unlearnable.poisons.base import Poison
 
 _SMALL = 96
 _BLOCK, _ROWS = 8, 2
-_VALUES_AT_ONCE = 150_000
+_VALUES_AT_ONCE = 200_000
 """Values that a CPU blurs together: as many as stay in a core's own cache."""
 
 
@@ -84,7 +84,7 @@ class CudaPoison(Poison):
     def perturb_pixels(self, pixels: Pixels, y: Labels | None, draws: Draws, where: Sequence[str]) -> Pixels:
         poisoned = torch.empty_like(pixels)
         for rows, some in self._blurred(pixels, y):
-            _put(poisoned, rows, some.mul_(255).round_())
+            _put(poisoned, rows, as_uint8(some.mul_(255).round_()))
         return poisoned
 
     def _blurred(self, x: Images | Pixels, y: Labels | None) -> Iterator[tuple[slice | Tensor, Images]]:
@@ -108,7 +108,8 @@ class CudaPoison(Poison):
         correlate = _correlate_by_blocks if by_blocks else _correlate_by_shifts
         few = len(x) if by_blocks or x.device.type != "cpu" else max(1, _VALUES_AT_ONCE // x[0].numel())
         for label in which.unique().tolist():
-            for rows in (which == label).nonzero().flatten().split(few):
+            own = (which == label).nonzero().flatten()
+            for rows in own.chunk(-(-len(own) // few)):
                 first, last = int(rows[0]), int(rows[-1])
                 place = slice(first, last + 1) if last - first < len(rows) else rows
                 blurred = correlate(x[place], weights[label])
@@ -119,7 +120,7 @@ def _put(target: Tensor, rows: slice | Tensor, values: Tensor) -> None:
     if isinstance(rows, slice):
         target[rows] = values
     else:
-        target.index_copy_(0, rows, values.to(target.dtype))
+        target.index_copy_(0, rows, values)
 
 
 @lru_cache(maxsize=32)

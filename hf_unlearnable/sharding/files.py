@@ -86,12 +86,13 @@ class ParquetFile:
 
     @contextmanager
     def writer(self, file: Path) -> Iterator[Writer]:
-        with pq.ParquetWriter(file, self.schema, compression="none") as parquet:
+        how: dict[str, Any] = {"use_dictionary": [name for name in self.schema.names if name != self.image]}
+        with pq.ParquetWriter(file, self.schema, compression="none", **how) as parquet:
             yield _ParquetWriter(parquet, self)
 
     def read(self, file: Path) -> Iterator[list[dict[str, Any]]]:
-        with pq.ParquetFile(file) as parquet:
-            for batch in parquet.iter_batches(_READ_AT_ONCE):
+        with pq.ParquetFile(file, memory_map=True) as parquet:
+            for batch in parquet.iter_batches(_READ_AT_ONCE, use_threads=False):
                 pictures = batch.column(self.image)
                 told = zip(pictures.field("bytes"), pictures.field("path").to_pylist(), strict=True)
                 yield self.rows(batch, [{"bytes": data.as_buffer(), "path": path} for data, path in told])

@@ -65,13 +65,13 @@ class Manifest:
 
 
 def pack(arrays: Mapping[str, np.ndarray]) -> bytes:
-    """Arrays as the bytes of an .npz file, the same for the same arrays."""
+    """Arrays as the bytes of an .npz file, the same for the same arrays; not compressed, as most of it are digests."""
     buffer = io.BytesIO()
-    with zipfile.ZipFile(buffer, "w", zipfile.ZIP_DEFLATED) as archive:
+    with zipfile.ZipFile(buffer, "w") as archive:
         for name, array in arrays.items():
             inner = io.BytesIO()
             np.lib.format.write_array(inner, np.ascontiguousarray(array), allow_pickle=False)
-            archive.writestr(zipfile.ZipInfo(f"{name}.npy"), inner.getvalue(), zipfile.ZIP_DEFLATED)
+            archive.writestr(zipfile.ZipInfo(f"{name}.npy"), inner.getvalue())
     return buffer.getvalue()
 
 

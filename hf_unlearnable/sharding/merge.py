@@ -132,6 +132,7 @@ def _combine(
             "pixels_sha256": split_digest(digests["published"]),
             "files": files,
             **({"rows_chosen": "each row drawn"} if terms["settings"]["poison_rate"] < 1 else {}),
+            **({"pictures_read_back_every": plan.read_back_every} if plan.read_back_every > 1 else {}),
         },
         pixels=report.summary(),
         versions=terms["versions"],

@@ -25,10 +25,12 @@ from hf_unlearnable.sources import Stream, public_name
 
 FOLDER = ".shards"
 PLAN = f"{FOLDER}/plan.json"
-SCHEMA = 2
+SCHEMA = 3
 ROWS_PER_SHARD = 10_000
 UNCOUNTED_EVERY = 100
 """Of a source whose rows nobody can count beforehand, PSNR and SSIM are measured on every n-th row of a shard."""
+READ_BACK_EVERY = 16
+"""Where PSNR and SSIM are not measured on all rows, every n-th stored picture is decoded again and compared."""
 
 OnError: TypeAlias = Literal["stop", "skip"]
 
@@ -64,6 +66,11 @@ class Plan:
     perceptual_every: int
     preview_rows: tuple[int, ...]
     check: dict[str, str]
+
+    @property
+    def read_back_every(self) -> int:
+        chosen = self.terms["read_back_every"]
+        return chosen or (1 if self.perceptual_every == 1 else READ_BACK_EVERY)
 
     @property
     def rows(self) -> int | None:
@@ -135,7 +142,14 @@ def settle(poison: Poison, features: Mapping[str, Any]) -> Poison:
 
 
 def terms_of(
-    stream: Stream, poison: Poison, *, container: Container, batch_size: int, on_error: OnError, record_seed: bool
+    stream: Stream,
+    poison: Poison,
+    *,
+    container: Container,
+    batch_size: int,
+    on_error: OnError,
+    read_back_every: int | None,
+    record_seed: bool,
 ) -> dict[str, Any]:
     """What decides the output. The poison is settled.
 
@@ -144,6 +158,8 @@ def terms_of(
     """
     if on_error not in ("stop", "skip"):
         raise ValueError(f'on_error is "stop" or "skip", got {on_error!r}')
+    if read_back_every is not None and read_back_every < 1:
+        raise ValueError(f"read_back_every is 1 or more, got {read_back_every}")
     if container not in SUFFIXES:
         raise ValueError(f"container is one of {', '.join(SUFFIXES)}, got {container!r}")
     check_request(stream.features, poison, stream.split, batch_size)
@@ -169,6 +185,7 @@ def terms_of(
         },
         "on_error": on_error,
         "batch_size": batch_size,
+        "read_back_every": read_back_every,
         "versions": versions("pyarrow"),
     }
     form_of(stream, terms, 1)

@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
+import xxhash
 from datasets import Features
 from tqdm.auto import tqdm
 
@@ -118,7 +119,11 @@ class _Work:
             labels = [columns.check_label(v, at, self.label, self.classes) for v, at in zip(values, where, strict=True)]
         poisoned = poison.change_pictures(clean, labels, poison.chosen(clean, labels), where)
         stored = encode_many(
-            poisoned, image_format=poison.image_format, compress_level=poison.compress_level, where=where
+            poisoned,
+            image_format=poison.image_format,
+            compress_level=poison.compress_level,
+            where=where,
+            read_back=[n % self.plan.read_back_every == 0 for n in numbers],
         )
         if examples:
             measure(self.report, poison, clean, poisoned, numbers)
@@ -173,7 +178,7 @@ class _Work:
         others = bytearray()
         for row in rows:
             told = columns_digest({name: value for name, value in row.items() if name != self.image})
-            state.update(told + hashlib.sha256(row[self.image]["bytes"] or b"").digest())
+            state.update(told + xxhash.xxh3_128_digest(row[self.image]["bytes"] or b""))
             others += told
         return bytes(others)
 

@@ -11,8 +11,9 @@ import PIL.Image
 import pytest
 from datasets import Dataset, Image
 
-from hf_unlearnable import CudaPoison, RandomNoisePoison
+from hf_unlearnable import CudaPoison, RandomNoisePoison, images
 from hf_unlearnable.digests import file_digest
+from hf_unlearnable.gate.record_checks import read_record
 from hf_unlearnable.poisons.base import Poison
 from hf_unlearnable.protect import protect
 from hf_unlearnable.record import Record
@@ -339,6 +340,56 @@ def test_a_source_that_cannot_be_counted(
     assert same_pixels(read(tmp_path / "out").rename_column("png", "img"), NOISE.apply(small))
 
 
+@pytest.fixture
+def wrong_encoder(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """Pictures that are encoded to other ones: those of the 3rd and the 17th row that are made, from 0."""
+    encode, seen = images.encode, []
+
+    def encoded(picture: images.Picture, **how: Any) -> bytes:
+        seen.append(len(seen))
+        wrong = images.Picture(255 - picture.pixels) if seen[-1] in (3, 17) else picture
+        return encode(wrong, **how)
+
+    monkeypatch.setattr(images, "encode", encoded)
+    monkeypatch.setattr(images, "in_worker_process", lambda: True)  # one after the other
+    return seen
+
+
+def test_every_stored_picture_of_a_small_split_is_decoded_again(
+    parquet: Path, tmp_path: Path, wrong_encoder: list[int]
+) -> None:
+    with pytest.raises(ValueError, match="row 3: the stored picture is not the one that was made"):
+        make(parquet, tmp_path / "out", shards=1)
+
+
+@pytest.mark.parametrize(("every", "noticed"), [(None, None), (16, None), (17, 17), (4, None), (3, 3), (1, 3)])
+def test_of_a_large_split_every_nth_is_and_the_record_says_so(
+    parquet: Path,
+    tmp_path: Path,
+    wrong_encoder: list[int],
+    monkeypatch: pytest.MonkeyPatch,
+    every: int | None,
+    noticed: int | None,
+) -> None:
+    monkeypatch.setattr(plans, "PERCEPTUAL_ROWS", 12)
+    more = {"shards": 1, "read_back_every": every}
+    if noticed is not None:
+        with pytest.raises(ValueError, match=f"row {noticed}: the stored picture is not the one that was made"):
+            make(parquet, tmp_path / "out", **more)
+        return
+    make(parquet, tmp_path / "out", **more)
+    with pytest.raises(ValueError, match="read_back_every: expected"):
+        make(parquet, tmp_path / "out", **{**more, "read_back_every": 5})
+    record = merge(tmp_path / "out", progress=False)
+    assert record.published["pictures_read_back_every"] == (every or plans.READ_BACK_EVERY)
+    assert read_record(tmp_path / "out")[1] == []
+
+
+def test_what_is_read_back_is_one_or_more(parquet: Path, tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="read_back_every is 1 or more, got 0"):
+        make(parquet, tmp_path / "out", read_back_every=0)
+
+
 def test_no_more_than_a_batch_is_held(parquet: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     seen = []
     encode = shards_room.encode_many
@@ -402,5 +453,5 @@ def test_a_damaged_plan(parquet: Path, tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="not a plan"):
         make(parquet, tmp_path / "out")
     path.write_text(json.dumps({**json.loads(text), "schema": 99}))
-    with pytest.raises(ValueError, match="expected schema 2, got 99"):
+    with pytest.raises(ValueError, match="expected schema 3, got 99"):
         make(parquet, tmp_path / "out")

@@ -124,6 +124,7 @@ def test_torchrun(parquet: Path, small: Dataset, tmp_path: Path, read: Callable[
         (["--overwrite"], "--overwrite is not for --streaming"),
         (["--on-error", "ignore"], "invalid choice"),
         (["--batch-size", "0"], "batch size of 1 or more"),
+        (["--read-back-every", "0"], "read_back_every is 1 or more, got 0"),
         (["--merge"], "--merge needs --output only"),
     ],
 )
@@ -144,7 +145,8 @@ def test_what_is_wrong_is_said(
 
 def test_flags_that_need_streaming(parquet: Path, tmp_path: Path, script: ModuleType) -> None:
     common = ["--dataset", str(parquet), "--poison", "cuda", "--seed", "7", "--output", str(tmp_path / "out")]
-    for flag, value in (("--shard", "1/3"), ("--num-shards", "3"), ("--on-error", "skip"), ("--container", "parquet")):
+    flags = {"--shard": "1/3", "--num-shards": "3", "--on-error": "skip", "--container": "parquet"}
+    for flag, value in {**flags, "--read-back-every": "2"}.items():
         with pytest.raises(SystemExit, match=f"{flag} is for --streaming"):
             script.main([*common, flag, value])
     with pytest.raises(SystemExit, match="ops is fitted to a whole split"):
