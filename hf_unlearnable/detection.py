@@ -17,7 +17,7 @@ from hf_unlearnable.defenses.erm import Erm
 from hf_unlearnable.keys import Key
 from hf_unlearnable.probes import collect
 from hf_unlearnable.recipes import Recipe, changed
-from hf_unlearnable.victim import train
+from hf_unlearnable.victim import train_to_end
 
 EARLY = Recipe(name="early", epochs=1, learning_rate=0.1, schedule="constant")
 
@@ -199,7 +199,7 @@ def _labelled(pair: tuple[Batches, Batches], device: torch.device) -> Batches:
 def _trained(
     model: nn.Module, rows: Batches, recipe: Recipe, accelerator: Accelerator, seed: int, progress: bool
 ) -> None:
-    train(
+    train_to_end(
         model,
         rows,
         rows.select(range(1)),
@@ -207,8 +207,6 @@ def _trained(
         defense=Erm(),
         accelerator=accelerator,
         seed=seed,
-        validation_fraction=0.0,
-        evaluate_every=recipe.epochs or 1,
         progress=progress,
     )
 

@@ -17,7 +17,7 @@ from hf_unlearnable.keys import Key
 from hf_unlearnable.networks import Network, create_network
 from hf_unlearnable.recipes import Recipe
 from hf_unlearnable.training import as_input, augmented, restored_modes
-from hf_unlearnable.victim import evaluate, train
+from hf_unlearnable.victim import evaluate, train_to_end
 
 
 def refit_last_layer(
@@ -55,16 +55,23 @@ def refit_last_layer(
     "train" moves the running statistics once where the source does at each of the inner evaluations; dropout is off;
     for the best of all checkpoints call this on each.
     """
-    for halvings in range(6):
-        refit = _refit(network, clean, bn, epochs, batch_size, learning_rate / 2**halvings, seed)
+    return _searched(network, clean, bn, epochs, batch_size, learning_rate, seed)[0]
+
+
+def _searched(
+    network: Network, clean: Batches, bn: str, epochs: int, batch_size: int, learning_rate: float, seed: Key
+) -> tuple[Network, float]:
+    """The copy, and the step length with which the search did not diverge."""
+    for length in [learning_rate / 2**halvings for halvings in range(6)]:
+        refit = _refit(network, clean, bn, epochs, batch_size, length, seed)
         if refit is not None:
-            if halvings:
+            if length != learning_rate:
                 warnings.warn(
                     f"the search for the last layer diverged with steps of {learning_rate}: their length is "
-                    f"{learning_rate / 2**halvings} now",
-                    stacklevel=2,
+                    f"{length} now",
+                    stacklevel=3,
                 )
-            return refit
+            return refit, length
     raise FloatingPointError(f"the search diverged: lower the learning rate, got {learning_rate}")
 
 
@@ -121,6 +128,7 @@ class LastLayerResult:
         refitted: with its last layer fitted to the clean rows.
         random_trunk: of a network that was never trained, with its last layer fitted in the same way.
         from_scratch: of the same architecture, trained on the same clean rows alone.
+        refitted_step, random_trunk_step: step lengths of the two searches, which differ where one of them diverged.
     """
 
     before: float
@@ -128,6 +136,8 @@ class LastLayerResult:
     random_trunk: float
     from_scratch: float
     clean_rows: int
+    refitted_step: float
+    random_trunk_step: float
 
     @property
     def learnt(self) -> float:
@@ -178,13 +188,11 @@ def dfr_with_controls(
             std=network.std.flatten().tolist(),
         ).to(device)
 
-    def refitted(trunk: Network) -> float:
-        refit = refit_last_layer(
-            trunk, clean, bn=bn, epochs=epochs, batch_size=batch_size, learning_rate=learning_rate, seed=seed
-        )
-        return _accuracy(refit, test, accelerator)
+    def refitted(trunk: Network) -> tuple[float, float]:
+        refit, step = _searched(trunk, clean, bn, epochs, batch_size, learning_rate, seed)
+        return _accuracy(refit, test, accelerator), step
 
-    scratch = train(
+    scratch = train_to_end(
         fresh(),
         clean,
         test,
@@ -192,16 +200,18 @@ def dfr_with_controls(
         defense=Erm(),
         accelerator=accelerator,
         seed=seed,
-        validation_fraction=0.0,
-        evaluate_every=recipe.epochs or 1,
         progress=progress,
     )
+    accuracy, step = refitted(network)
+    random_accuracy, random_step = refitted(fresh())
     return LastLayerResult(
         before=_accuracy(network, test, accelerator),
-        refitted=refitted(network),
-        random_trunk=refitted(fresh()),
+        refitted=accuracy,
+        random_trunk=random_accuracy,
         from_scratch=scratch.test_accuracy,
         clean_rows=len(clean),
+        refitted_step=step,
+        random_trunk_step=random_step,
     )
 
 

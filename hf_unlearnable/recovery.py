@@ -12,7 +12,7 @@ from hf_unlearnable.batches import Batches
 from hf_unlearnable.images import Images, Labels
 from hf_unlearnable.networks import Network
 from hf_unlearnable.recipes import Recipe
-from hf_unlearnable.victim import train
+from hf_unlearnable.victim import train_to_end
 
 RECOVERY = Recipe(name="recovery", epochs=60, learning_rate=0.01, schedule="cosine", weight_decay=0.0)
 
@@ -91,7 +91,7 @@ def recover(
     recovered = copy.deepcopy(network)
     recovered.frozen_batch_norm = True
     near = NearWeights(recovered, radius, accelerator.device)
-    train(
+    train_to_end(
         recovered,
         clean,
         clean.select(range(1)),
@@ -99,8 +99,6 @@ def recover(
         defense=near,
         accelerator=accelerator,
         seed=seed,
-        validation_fraction=0.0,
-        evaluate_every=recipe.epochs or 1,
         progress=progress,
     )
     near.project(recovered)

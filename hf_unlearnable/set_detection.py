@@ -15,7 +15,7 @@ from hf_unlearnable.defenses.erm import Erm
 from hf_unlearnable.images import Images, Labels
 from hf_unlearnable.probes import perceptron
 from hf_unlearnable.recipes import Recipe, changed
-from hf_unlearnable.victim import train
+from hf_unlearnable.victim import train_to_end
 
 SIMPLE = Recipe(name="simple", epochs=100, learning_rate=0.01, schedule="step", milestones=(0.75, 0.9))
 HELD_OUT = 0.2
@@ -143,7 +143,7 @@ def _score(
     training, held_out = suspect.split(HELD_OUT, key=seed)
     if not len(held_out):
         raise ValueError(f"expected enough rows to hold a fifth out, got {len(suspect)}")
-    result = train(
+    result = train_to_end(
         model,
         training,
         held_out,
@@ -151,8 +151,6 @@ def _score(
         defense=defense,
         accelerator=accelerator,
         seed=seed,
-        validation_fraction=0.0,
-        evaluate_every=recipe.epochs or 1,
         progress=progress,
     )
     return SetScore(

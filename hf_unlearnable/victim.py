@@ -249,6 +249,34 @@ def train(
     )
 
 
+def train_to_end(
+    model: nn.Module,
+    rows: Batches,
+    test: Batches,
+    *,
+    recipe: Recipe,
+    defense: Defense,
+    accelerator: Accelerator,
+    seed: int,
+    checkpoint: str | Path | None = None,
+    progress: bool = True,
+) -> Result:
+    """`train` on all rows, none of them held out, and evaluated once, after the last step."""
+    return train(
+        model,
+        rows,
+        test,
+        recipe=recipe,
+        defense=defense,
+        accelerator=accelerator,
+        seed=seed,
+        validation_fraction=0.0,
+        evaluate_every=recipe.epochs or recipe.steps or 1,
+        checkpoint=checkpoint,
+        progress=progress,
+    )
+
+
 def _optimizer(recipe: Recipe, weights: list[nn.Parameter]) -> torch.optim.Optimizer:
     how: dict[str, Any] = {"lr": recipe.learning_rate, "weight_decay": recipe.weight_decay}
     if recipe.optimizer == "adamw":

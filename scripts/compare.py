@@ -42,7 +42,7 @@ from hf_unlearnable.protect import protect
 from hf_unlearnable.recipes import changed, recipe
 from hf_unlearnable.record import Record
 from hf_unlearnable.training import Unfinished
-from hf_unlearnable.victim import evaluate, train
+from hf_unlearnable.victim import evaluate, train_to_end
 
 ROBUST: dict[str, Any] = {
     "pgd_steps": 5,
@@ -225,17 +225,7 @@ def checked(arguments: argparse.Namespace, test: Dataset, seed: int) -> dict[str
     rows, clean = Batches.load(sources.load_split(folder), **how), Batches.load(test, **how)
     chosen = recipe("tiny")
     network = create_network("tiny", num_classes=len(rows.classes), image_size=rows.image_size, seed=seed)
-    train(
-        network,
-        rows,
-        clean,
-        recipe=chosen,
-        defense=Erm(),
-        accelerator=accelerator,
-        seed=seed,
-        validation_fraction=0.0,
-        evaluate_every=chosen.epochs or 1,
-    )
+    train_to_end(network, rows, clean, recipe=chosen, defense=Erm(), accelerator=accelerator, seed=seed)
     result = {}
     for check, mode in CHECKS.items():
         poison = hu.CudaPoison(seed=seed, mode=mode)  # type: ignore[arg-type]

@@ -9,6 +9,8 @@ from types import ModuleType
 import numpy as np
 import pytest
 import torch
+from accelerate import Accelerator
+from accelerate.state import AcceleratorState
 from jaxtyping import install_import_hook
 
 from tests import typecheck
@@ -30,6 +32,22 @@ def real_data() -> Path:
     if not folder.is_dir():
         pytest.skip(f"no real pictures: neither $UNLEARNABLE_DATA nor {folder.name} beside the checkout")
     return folder
+
+
+@pytest.fixture
+def accelerator() -> Iterator[Accelerator]:
+    """Of one process, and forgotten after the test."""
+    yield Accelerator(cpu=True)
+    AcceleratorState._reset_state(reset_partial_state=True)
+
+
+@pytest.fixture
+def one_thread() -> Iterator[None]:
+    """Threads only cost time on networks as small as those of tests."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
 
 
 @pytest.fixture(autouse=True)

@@ -2,13 +2,11 @@
 
 import dataclasses
 import math
-from collections.abc import Iterator
 from typing import Any
 
 import pytest
 import torch
 from accelerate import Accelerator
-from accelerate.state import AcceleratorState
 from torch import Tensor, nn
 
 from hf_unlearnable import detection
@@ -25,12 +23,6 @@ from hf_unlearnable.detection import (
 )
 from hf_unlearnable.probes import perceptron
 from hf_unlearnable.recipes import Recipe
-
-
-@pytest.fixture
-def accelerator() -> Iterator[Accelerator]:
-    yield Accelerator(cpu=True)
-    AcceleratorState._reset_state(reset_partial_state=True)
 
 
 def generator(seed: int = 0) -> torch.Generator:

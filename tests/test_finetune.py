@@ -4,7 +4,7 @@ import dataclasses
 import hashlib
 import json
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -33,23 +33,11 @@ from hf_unlearnable.training import Unfinished
 from .conftest import load_script
 from .test_victim import make_batches, network, run, same_weights
 
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 QUICK = recipe("finetune", epochs=2, batch_size=16, learning_rate=0.01)
 LENGTH = 2 * 6  # steps of QUICK on 103 rows, of which 10 are held out
 STEM, STAGE = ("conv1.", "bn1."), "layer1."
-
-
-@pytest.fixture
-def accelerator() -> Iterator[Accelerator]:
-    yield Accelerator(cpu=True)
-    AcceleratorState._reset_state(reset_partial_state=True)
-
-
-@pytest.fixture(autouse=True)
-def one_thread() -> Iterator[None]:
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 class Temperature(nn.Module):

@@ -4,7 +4,6 @@ import json
 import math
 import os
 import signal
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +11,6 @@ import pytest
 import torch
 import torch.nn.functional as F
 from accelerate import Accelerator
-from accelerate.state import AcceleratorState
 from safetensors import safe_open
 from torch import Tensor, nn
 
@@ -38,12 +36,6 @@ from hf_unlearnable.training import Unfinished, as_input
 from tests.conftest import noise_pictures
 
 RECIPE = Recipe(name="quick", steps=9, batch_size=8, learning_rate=0.05, schedule="step", milestones=(0.5,))
-
-
-@pytest.fixture
-def accelerator() -> Iterator[Accelerator]:
-    yield Accelerator(cpu=True)
-    AcceleratorState._reset_state(reset_partial_state=True)
 
 
 def make_batches(rows: int = 20, seed: int = 0) -> Batches:

@@ -1,14 +1,12 @@
 """DFR: the last layer alone changes (or BatchNorm's statistics too), on a copy, and beside it stand two controls."""
 
 import copy
-from collections.abc import Iterator
 from typing import Any
 
 import pytest
 import torch
 import torch.nn.functional as F
 from accelerate import Accelerator
-from accelerate.state import AcceleratorState
 from torch import Tensor, nn
 
 from hf_unlearnable import create_network, last_layer
@@ -19,12 +17,6 @@ from hf_unlearnable.networks import Network
 from hf_unlearnable.recipes import Recipe
 from hf_unlearnable.training import as_input, augmented
 from hf_unlearnable.victim import evaluate
-
-
-@pytest.fixture
-def accelerator() -> Iterator[Accelerator]:
-    yield Accelerator(cpu=True)
-    AcceleratorState._reset_state(reset_partial_state=True)
 
 
 def coloured(rows: int = 90, size: tuple[int, int] = (16, 16), seed: int = 0) -> Batches:
@@ -167,6 +159,22 @@ def test_a_search_that_diverges_is_begun_anew_with_half_the_step(monkeypatch: py
     assert torch.equal(found.backbone.get_classifier().weight, expected.backbone.get_classifier().weight)
 
 
+def test_a_result_tells_the_steps_of_both_searches(monkeypatch: pytest.MonkeyPatch, accelerator: Accelerator) -> None:
+    refit, victim = last_layer._refit, network(seed=3)
+    trunk = victim.state_dict()
+
+    def diverging_from_scratch(found, *others):
+        known = all(torch.equal(found.state_dict()[name], value) for name, value in trunk.items())
+        return refit(found, *others) if known or others[-2] < 0.5 else None
+
+    monkeypatch.setattr(last_layer, "_refit", diverging_from_scratch)
+    recipe = Recipe(name="quick", epochs=1, batch_size=16, learning_rate=0.02, augmentation="none")
+    how: Any = {"recipe": recipe, "accelerator": accelerator, "seed": 4, "epochs": 1, "progress": False}
+    with pytest.warns(UserWarning, match="diverged with steps of 0.5: their length is 0.25 now"):
+        found = dfr_with_controls(victim, coloured(60), coloured(60, seed=9), **how)
+    assert (found.refitted_step, found.random_trunk_step) == (0.5, 0.25)
+
+
 def test_the_controls_are_what_they_say(accelerator: Accelerator) -> None:
     victim, clean, test = network(seed=3).train(), coloured(60), coloured(60, seed=9)
     before = state(victim)
@@ -200,5 +208,6 @@ def test_the_controls_are_what_they_say(accelerator: Accelerator) -> None:
 
 
 def test_what_was_learnt_is_beyond_both_controls() -> None:
-    made = LastLayerResult(before=0.2, refitted=0.8, random_trunk=0.3, from_scratch=0.65, clean_rows=10)
+    steps = {"refitted_step": 0.5, "random_trunk_step": 0.25}
+    made = LastLayerResult(before=0.2, refitted=0.8, random_trunk=0.3, from_scratch=0.65, clean_rows=10, **steps)
     assert made.learnt == pytest.approx(0.15)

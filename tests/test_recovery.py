@@ -1,13 +1,11 @@
 """The recovery attack: weights that stay where they may be, and what clean rows bring back there."""
 
 import math
-from collections.abc import Iterator
 from typing import Any
 
 import pytest
 import torch
 from accelerate import Accelerator
-from accelerate.state import AcceleratorState
 from torch import nn
 
 from hf_unlearnable.batches import Batches
@@ -17,12 +15,6 @@ from hf_unlearnable.recovery import RECOVERY, NearWeights, distance, recover
 from hf_unlearnable.victim import evaluate
 
 QUICK = changed(RECOVERY, epochs=8, batch_size=16, augmentation="none", learning_rate=0.05)
-
-
-@pytest.fixture
-def accelerator() -> Iterator[Accelerator]:
-    yield Accelerator(cpu=True)
-    AcceleratorState._reset_state(reset_partial_state=True)
 
 
 def colours(rows: int, seed: int) -> Batches:

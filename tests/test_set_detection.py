@@ -1,13 +1,11 @@
 """Detectors of a poisoned set: what they find in shortcuts and not in noise."""
 
 import dataclasses
-from collections.abc import Iterator
 from typing import Any
 
 import pytest
 import torch
 from accelerate import Accelerator
-from accelerate.state import AcceleratorState
 from torch import Tensor, nn
 
 from hf_unlearnable import set_detection
@@ -16,12 +14,6 @@ from hf_unlearnable.networks import create_network
 from hf_unlearnable.recipes import Recipe
 from hf_unlearnable.set_detection import Shifted, bias_shift_score, simple_network_score
 from tests.test_detection import random_pictures, shortcut
-
-
-@pytest.fixture
-def accelerator() -> Iterator[Accelerator]:
-    yield Accelerator(cpu=True)
-    AcceleratorState._reset_state(reset_partial_state=True)
 
 
 @pytest.mark.parametrize("kind", ["linear", "two_layer"])

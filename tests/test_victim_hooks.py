@@ -1,6 +1,5 @@
 """What a defense may do beside its loss: change pictures before the crop, and predict in its own way."""
 
-from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar
@@ -9,7 +8,6 @@ import pytest
 import torch
 import torch.nn.functional as F
 from accelerate import Accelerator
-from accelerate.state import AcceleratorState
 from torch import Tensor, nn
 
 from hf_unlearnable.defenses.base import BeforeCrop, Predicts, describe
@@ -17,12 +15,6 @@ from hf_unlearnable.defenses.erm import Erm
 from hf_unlearnable.training import Unfinished
 from hf_unlearnable.victim import evaluate, train
 from tests.test_victim import QUICK, make_batches, network, run, same_weights
-
-
-@pytest.fixture
-def accelerator() -> Iterator[Accelerator]:
-    yield Accelerator(cpu=True)
-    AcceleratorState._reset_state(reset_partial_state=True)
 
 
 @dataclass(frozen=True)

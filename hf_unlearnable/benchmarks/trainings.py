@@ -24,7 +24,7 @@ from hf_unlearnable.networks import create_network
 from hf_unlearnable.poisons.robust_em import MinMaxMinPoison, RobustEmPoison
 from hf_unlearnable.recipes import Recipe, recipe
 from hf_unlearnable.training import own_randomness
-from hf_unlearnable.victim import train
+from hf_unlearnable.victim import train_to_end
 
 LOSSES: dict[str, tuple[Defense, plain_loops.LossOf, int]] = {
     "erm": (Erm(), plain_loops.plain_loss, 16),
@@ -106,8 +106,7 @@ def train_ours(
     """Train a victim as `scripts/train_victim.py` does; its accuracy on the test rows."""
     network = create_network(backbone, num_classes=len(rows.classes), image_size=rows.image_size, seed=seed)
     how: dict[str, Any] = {"recipe": recipe, "defense": defense, "accelerator": accelerator, "seed": seed}
-    lengths = {"evaluate_every": recipe.epochs or 10**6, "validation_fraction": 0.0}
-    found = train(network, rows, test, progress=False, **lengths, **how)
+    found = train_to_end(network, rows, test, progress=False, **how)
     wait(str(accelerator.device))
     return found.test_accuracy
 

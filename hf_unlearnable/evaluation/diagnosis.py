@@ -35,7 +35,7 @@ from hf_unlearnable.record import Record
 from hf_unlearnable.recovery import RECOVERY, distance, recover
 from hf_unlearnable.result import Result
 from hf_unlearnable.set_detection import bias_shift_score, simple_network_score
-from hf_unlearnable.victim import evaluate, train
+from hf_unlearnable.victim import evaluate, train_to_end
 
 QUICK: tuple[What, ...] = ("separability", "detector", "samples", "shortcuts")
 SCHEMA = 1
@@ -361,14 +361,12 @@ class Diagnosis:
                 points.append({**told, "accuracy": self._accuracy(near, self.test)})
             figures[name] = {"before": result.test_accuracy, "points": points}
         longer = changed(self.recipe, epochs=-(-result.curve[-1].steps // few.steps(self.recipe.batch_size)))
-        scratch = train(
+        scratch = train_to_end(
             self._network(len(self.clean.classes)),
             few,
             self.test,
             recipe=dataclasses.replace(longer, drop_last=False),
             defense=Erm(),
-            validation_fraction=0.0,
-            evaluate_every=longer.epochs or 1,
             **self._how(),
         )
         return {**figures, "from_scratch": scratch.test_accuracy, "epochs_from_scratch": longer.epochs}
@@ -414,14 +412,12 @@ class Diagnosis:
         """Trained plainly on four fifths of the rows; kept in the output, and gone on with from there."""
         training, _ = (self.published if name == "published" else self.clean).split(HELD_OUT, key=self.setting.seed)
         network = self._network(len(training.classes))
-        result = train(
+        result = train_to_end(
             network,
             training,
             self.test,
             recipe=self.recipe,
             defense=Erm(),
-            validation_fraction=0.0,
-            evaluate_every=self.recipe.epochs or 1,
             checkpoint=self.output / f"victim-{name}.safetensors",
             **self._how(),
         )

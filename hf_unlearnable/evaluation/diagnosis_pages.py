@@ -164,6 +164,8 @@ def _of_dfr(found: dict[str, Any], own: dict[str, Any], how: dict[str, Any]) -> 
         ["untrained network", "", _percent(made["random_trunk"])],
         ["trained on the few clean rows alone", _percent(made["from_scratch"]), ""],
     ]
+    steps = made["refitted_step"], made["random_trunk_step"]
+    halved = [f"Step lengths of the search: {steps[0]:g} (victim), {steps[1]:g} (untrained); a search diverged."]
     return [
         f"With its last layer fitted anew to {made['clean_rows']:,} clean rows a victim of the published rows reaches "
         f"{_percent(made['refitted'])} on clean test rows (before: {_percent(made['before'])}), {learnt} the better of "
@@ -172,6 +174,7 @@ def _of_dfr(found: dict[str, Any], own: dict[str, Any], how: dict[str, Any]) -> 
         f"The control from scratch was trained for {found['epochs_from_scratch']} epochs, about the victim's number of "
         "steps. More than both controls: the trunk has learnt something from the published rows. Not more: nothing is "
         "shown, neither that it has nor that it has not.",
+        *(halved if steps[0] != steps[1] else []),
     ]
 
 

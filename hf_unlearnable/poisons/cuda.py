@@ -18,7 +18,7 @@ from hf_unlearnable.poisons.base import Poison
 
 _SMALL = 96
 _BLOCK, _ROWS = 8, 2
-_VALUES_AT_ONCE = 200_000
+_VALUES_AT_ONCE = 160_000
 """Values that a CPU blurs together: as many as stay in a core's own cache."""
 
 
@@ -88,7 +88,7 @@ class CudaPoison(Poison):
         return poisoned
 
     def _blurred(self, x: Images | Pixels, y: Labels | None) -> Iterator[tuple[slice | Tensor, Images]]:
-        """Rows of one class, as few at a time as stay in a core's own cache, and what becomes of them."""
+        """Some rows at a time, and what becomes of them."""
         small = min(x.shape[2:]) < _SMALL
         k = self.kernel_size or (3 if small else 9)
         blur = self.blur if self.blur is not None else (0.3 if small else 0.06)
@@ -103,17 +103,10 @@ class CudaPoison(Poison):
         else:
             which = y
         top = 1 << int(which.max()).bit_length()
-        weights = _whole(self.filters(top, kernel_size=k, blur=blur), blur)
-        by_blocks = x.device.type == "cpu" and k > 3
-        correlate = _correlate_by_blocks if by_blocks else _correlate_by_shifts
-        few = len(x) if by_blocks or x.device.type != "cpu" else max(1, _VALUES_AT_ONCE // x[0].numel())
-        for label in which.unique().tolist():
-            own = (which == label).nonzero().flatten()
-            for rows in own.chunk(-(-len(own) // few)):
-                first, last = int(rows[0]), int(rows[-1])
-                place = slice(first, last + 1) if last - first < len(rows) else rows
-                blurred = correlate(x[place], weights[label])
-                yield place, blurred / blurred.amax(dim=(1, 2, 3), keepdim=True).clamp_min_(1)
+        kernels = _whole(self.filters(top, kernel_size=k, blur=blur), blur)
+        blurred = _by_blocks(x, which, kernels) if x.device.type == "cpu" and k > 3 else _by_shifts(x, which, kernels)
+        for rows, some in blurred:
+            yield rows, some / some.amax(dim=(1, 2, 3), keepdim=True).clamp_min_(1)
 
 
 def _put(target: Tensor, rows: slice | Tensor, values: Tensor) -> None:
@@ -154,32 +147,47 @@ def _put_levels(x: Images | Pixels, target: Tensor) -> None:
         torch.mul(x, 255, out=target).round_()
 
 
-def _correlate_by_shifts(x: Images | Pixels, kernel: Float[Tensor, "k k"]) -> Images:
-    """Zero-padded cross-correlation of the levels with a filter of whole numbers, exact in float32.
+def _by_shifts(x: Images | Pixels, which: Labels, kernels: Float[Tensor, "n k k"]) -> Iterator[tuple[slice, Images]]:
+    """Zero-padded cross-correlation of the levels with each row's filter of whole numbers, exact in float32.
 
     One multiply-add of long vectors for each weight: all rows of all planes stand in one vector, `pad` zeros after each
-    row and `pad` rows of zeros before each plane, so that a shift of a picture is a shift of the vector.
+    row and `pad` rows of zeros before each plane, so that a shift of the pictures is a shift of the vector. A CPU takes
+    as few pictures at a time as stay in a core's own cache.
     """
-    k = len(kernel)
+    k = kernels.shape[-1]
     pad = k // 2
-    count, _, height, width = x.shape
+    height, width = x.shape[2:]
     stride = width + pad
-    margin = pad * stride + pad
-    size = count * 3 * (height + pad) * stride
-    vector = kernel.new_zeros(size + 2 * margin, device=x.device)
-    grid = vector[margin : margin + size].view(count, 3, height + pad, stride)
-    _put_levels(x, grid[:, :, pad:, :width])
-    weights = kernel.flatten().tolist()
-    total = vector[:size] * weights[0]
-    for place, weight in enumerate(weights[1:], start=1):
-        row, column = divmod(place, k)
-        start = row * stride + column
-        total.add_(vector[start : start + size], alpha=weight)
-    return total.view(grid.shape)[:, :, pad:, :width]
+    margin, length = pad * stride + pad, 3 * (height + pad) * stride
+    few = len(x) if x.device.type != "cpu" else min(len(x), max(1, _VALUES_AT_ONCE // x[0].numel()))
+    vector = x.new_zeros(few * length + 2 * margin, dtype=torch.float32)
+    grid = vector[margin : margin + few * length].view(few, 3, height + pad, stride)[:, :, pad:, :width]
+    starts = [row * stride + column for row in range(k) for column in range(k)]
+    shifts = [vector[start : start + few * length].view(few, length) for start in starts]
+    weights = kernels.to(x.device)[which].flatten(1).t().unsqueeze(2)
+    for first in range(0, len(x), few):
+        rows = slice(first, first + few)
+        count = len(x[rows])
+        _put_levels(x[rows], grid[:count])
+        total = shifts[0][:count] * weights[0, rows]
+        for shift, weight in zip(shifts[1:], weights[1:, rows], strict=True):
+            total.addcmul_(shift[:count], weight)
+        yield rows, total.view(count, 3, height + pad, stride)[:, :, pad:, :width]
+
+
+def _by_blocks(
+    x: Images | Pixels, which: Labels, kernels: Float[Tensor, "n k k"]
+) -> Iterator[tuple[slice | Tensor, Images]]:
+    """The same class by class, of which `_correlate_by_blocks` takes less time for large filters."""
+    for label in which.unique().tolist():
+        rows = (which == label).nonzero().flatten()
+        first, last = int(rows[0]), int(rows[-1])
+        place = slice(first, last + 1) if last - first < len(rows) else rows
+        yield place, _correlate_by_blocks(x[place], kernels[label])
 
 
 def _correlate_by_blocks(x: Images | Pixels, kernel: Float[Tensor, "k k"]) -> Images:
-    """The same with blocks of neighbouring pixels as channels: one dense convolution, faster than a depthwise one.
+    """Blocks of neighbouring pixels are channels: one dense convolution, faster than a depthwise one.
 
     It makes blocks of _ROWS x `size` outputs out of columns in blocks of `size`, of which a block of outputs needs its
     own and the next (the picture is shifted by the padding). Rows cut into blocks are channels-last as they lie in

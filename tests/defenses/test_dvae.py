@@ -1,7 +1,6 @@
 """D-VAE: its loss and its floors, its size, and a poison of the class that it takes off."""
 
 import pickle
-from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
@@ -19,15 +18,9 @@ from hf_unlearnable.draws import Draws, FreshDraws
 from hf_unlearnable.images import to_float
 from tests.conftest import make_dataset, noise_pictures, pixels
 
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 FLOORS: dict[str, Any] = {"kl_weight": 0.01, "kl_floor": 1.0, "power_floor": 0.002}
-
-
-@pytest.fixture(autouse=True)
-def one_thread() -> Iterator[None]:
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 def generator(seed: int = 0) -> torch.Generator:

@@ -1,6 +1,5 @@
 """A data defense at every step: before or after the crop, around another loss, with new numbers."""
 
-from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
@@ -8,7 +7,6 @@ import pytest
 import torch
 import torch.nn.functional as F
 from accelerate import Accelerator
-from accelerate.state import AcceleratorState
 from torch import Tensor, nn
 
 from hf_unlearnable import create_network
@@ -145,15 +143,7 @@ def test_names_and_what_goes_into_results() -> None:
     assert told["loss"]["loss"] == {"name": "erm"}
 
 
-@pytest.fixture
-def accelerator() -> Iterator[Accelerator]:
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield Accelerator(cpu=True)
-    torch.set_num_threads(threads)
-    AcceleratorState._reset_state(reset_partial_state=True)
-
-
+@pytest.mark.usefixtures("one_thread")
 def test_a_training_takes_it(accelerator: Accelerator) -> None:
     labels = torch.arange(48) % 3
     u = torch.randint(0, 200, (48, 3, 16, 16), generator=generator(4)) + 25 * labels.view(-1, 1, 1, 1)

@@ -1,7 +1,6 @@
 """Strong augmentation: torchvision's colours, windows of the right law, and nothing at strength 0."""
 
 import math
-from collections.abc import Iterator
 
 import pytest
 import torch
@@ -15,17 +14,11 @@ from hf_unlearnable.defenses.base import describe
 from hf_unlearnable.defenses.erm import Erm
 from hf_unlearnable.defenses.strong import StrongAugmentation, grey, recoloured, turned_hue, windows
 
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 
 def generator(seed: int = 0) -> torch.Generator:
     return torch.Generator().manual_seed(seed)
-
-
-@pytest.fixture(autouse=True)
-def one_thread() -> Iterator[None]:
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 def pictures(rows: int = 3, height: int = 24, width: int = 40) -> Tensor:

@@ -6,14 +6,12 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from accelerate import Accelerator
-from accelerate.state import AcceleratorState
 from datasets import DatasetDict
 from filelock import FileLock
 
@@ -22,12 +20,6 @@ from hf_unlearnable.evaluation.arms import Arm, Rows
 from hf_unlearnable.evaluation.attackers import Attacker
 from hf_unlearnable.evaluation.jobs import Job, Outcome, Queue, Worker
 from hf_unlearnable.training import Unfinished
-
-
-@pytest.fixture
-def accelerator() -> Iterator[Accelerator]:
-    yield Accelerator(cpu=True)
-    AcceleratorState._reset_state(reset_partial_state=True)
 
 
 def job(name: str = "erm", seed: int = 0, path: str = "nowhere", **more: Any) -> Job:

@@ -81,14 +81,23 @@ def test_pixels_are_the_definition_rounded(k: int, blur: float, shape: tuple[int
 
 @pytest.mark.parametrize("k", [1, 3, 5, 7, 9, 11, 17])
 @pytest.mark.parametrize("shape", [(17, 17), (32, 33), (40, 18)])
-def test_both_correlations_are_exact(k: int, shape: tuple[int, int]) -> None:
-    kernel = cuda._whole(CudaPoison(seed=3).filters(1, kernel_size=k, blur=0.3), 0.3)[0]
-    levels = torch.from_numpy(noise_pictures(2, *shape)).permute(0, 3, 1, 2).float().contiguous()
-    exact = F.conv2d(levels.double().reshape(6, 1, *shape), kernel.double()[None, None], padding=k // 2)
-    exact = exact.view(2, 3, *shape)
+@pytest.mark.parametrize("at_once", [1, 5000, 10**6])
+def test_both_correlations_are_exact(
+    k: int, shape: tuple[int, int], at_once: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(cuda, "_VALUES_AT_ONCE", at_once)
+    kernels = cuda._whole(CudaPoison(seed=3).filters(4, kernel_size=k, blur=0.3), 0.3)
+    which = torch.tensor([3, 0, 0, 2, 0, 3, 1])
+    levels = torch.from_numpy(noise_pictures(7, *shape)).permute(0, 3, 1, 2).float().contiguous()
+    weights = kernels[which].double().repeat_interleave(3, 0)[:, None]
+    exact = F.conv2d(levels.double().reshape(1, 21, *shape), weights, padding=k // 2, groups=21).view(7, 3, *shape)
     assert exact.max() < 2**24
-    for correlate in (cuda._correlate_by_blocks, cuda._correlate_by_shifts):
-        assert torch.equal(correlate(levels / 255, kernel).double(), exact)
+    for correlate in (cuda._by_blocks, cuda._by_shifts):
+        for x in (levels / 255, levels.to(torch.uint8)):
+            found = torch.full_like(exact, -1)
+            for rows, some in correlate(x, which, kernels):
+                found[rows] = some.double()
+            assert torch.equal(found, exact)
 
 
 @pytest.mark.parametrize("precision", ["medium", "high"])

@@ -3,7 +3,6 @@
 import os
 import subprocess
 import sys
-from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -13,7 +12,6 @@ import pytest
 import torch
 import torch.nn.functional as F
 from accelerate import Accelerator
-from accelerate.state import AcceleratorState
 from torch import Tensor, nn
 
 from hf_unlearnable.augment import CropFlip, ResizedCropFlip
@@ -39,12 +37,6 @@ KINDS: dict[str, dict[str, Any]] = {
     "views": {"noise_views": "crop_flip"},
     "adaptive": {"noise_views": "ueraser"},
 }
-
-
-@pytest.fixture
-def accelerator() -> Iterator[Accelerator]:
-    yield Accelerator(cpu=True)
-    AcceleratorState._reset_state(reset_partial_state=True)
 
 
 def make_batches() -> Batches:

@@ -1,7 +1,6 @@
 """REM, SEM and MMM: the loop against a slow one, the penalty in closed form, the cost in passes."""
 
 import math
-from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -11,7 +10,6 @@ import pytest
 import torch
 import torch.nn.functional as F
 from accelerate import Accelerator
-from accelerate.state import AcceleratorState
 from torch import Tensor, nn
 
 from hf_unlearnable import MinMaxMinPoison, RobustEmPoison, SemPoison, Surrogate, create_network
@@ -32,12 +30,6 @@ SMALL: dict[str, Any] = {
     "adversarial_step_size": 2 / 255,
     "eot": 2,
 }
-
-
-@pytest.fixture
-def accelerator() -> Iterator[Accelerator]:
-    yield Accelerator(cpu=True)
-    AcceleratorState._reset_state(reset_partial_state=True)
 
 
 @pytest.fixture(scope="module")
