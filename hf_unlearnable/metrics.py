@@ -142,7 +142,7 @@ class PixelReport:
             "row": np.asarray(rows),
             "linf_levels": size.max(1),
             "l2": np.sqrt(error) / 255,
-            "l0_pixels": (pixels[:, 0] | pixels[:, 1] | pixels[:, 2]).sum(1),
+            "l0_pixels": np.array([np.count_nonzero(row) for row in pixels[:, 0] | pixels[:, 1] | pixels[:, 2]]),
             "mean_shift_levels": (_row_sums(new) - _row_sums(old)) / new.shape[1],
         }
         at_an_end = new + np.uint8(1) < 2  # 255 + 1 is 0

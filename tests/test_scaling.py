@@ -410,6 +410,8 @@ def test_costs_have_their_closed_forms() -> None:
     assert stored.core_hours == pytest.approx(1e6 * (0.0036 - 0.0009 - 0.0001))
     assert stored.gigabytes == pytest.approx(36e8 * 3100 / 1e9)
     assert found[2].core_hours == pytest.approx(1.0)
+    few = cost_table({**SCALE, "read_back_every": 16}, CODED, prices, counts=(36 * 10**8,))[0]
+    assert few.core_hours == pytest.approx(1e6 * (0.0036 - 0.0009 - 0.0001 / 16))
 
 
 def test_records_of_earlier_versions_make_a_page_too() -> None:

@@ -46,11 +46,11 @@ class Cost:
 def cost_table(
     scale: Mapping[str, Any], containers: Mapping[str, Any], prices: Prices, counts: Sequence[int] = COUNTS
 ) -> list[Cost]:
-    """core-hours = pictures * (p + merge + e_c - e_1 + d_c - d_1) / 3600, bytes = pictures * b_c.
+    """core-hours = pictures * (p + merge + e_c - e_1 + (d_c - d_1) / r) / 3600, bytes = pictures * b_c.
 
     p: processor seconds of a picture in PNG level 1 at this size, from "by size"; merge: those of a row in the largest
-    merge, from "by rows"; e, d, b: seconds of encoding and of decoding (what was stored is read back once), and bytes
-    of a picture in container c or PNG level 1. Sizes are those that both measured.
+    merge, from "by rows"; e, d, b: seconds of encoding and of decoding, and bytes of a picture in container c or PNG
+    level 1; one stored picture in r is decoded again. Sizes are those that both measured.
 
     Args:
         scale, containers: the results of `benchmark_scale` and of `benchmark_containers`.
@@ -65,13 +65,13 @@ def cost_table(
             f"expected a size that both files measured, got {list(scale.get('by size', {}))} and "
             f"{list(containers.get('sizes', {}))}: are they those of `benchmark.py scale` and `containers`?"
         )
-    found = []
+    found, again = [], scale.get("read_back_every", 1)
     for size in sizes:
         measured = containers["sizes"][size]
         for container in (name for name in SHOWN if name in measured):
             other, first = measured[container], measured[FIRST]
-            more = sum(other[f"{what}_seconds"] - first[f"{what}_seconds"] for what in ("encode", "decode"))
-            seconds = scale["by size"][size]["cpu_seconds_a_row"] + merge + more
+            encode, decode = (other[f"{what}_seconds"] - first[f"{what}_seconds"] for what in ("encode", "decode"))
+            seconds = scale["by size"][size]["cpu_seconds_a_row"] + merge + encode + decode / again
             for count in counts:
                 hours, gigabytes = count * seconds / 3600, count * other["bytes"] / GIGA
                 found.append(
@@ -217,8 +217,10 @@ def _ratios(scale: Mapping[str, Any]) -> list[str]:
         "",
         "Times on all cores, median over rounds. Plain map: `Dataset.map(CudaPoison, batched=True)` and `to_parquet`",
         "of rows that were loaded before; it neither reads back nor measures. Checked map: `CudaPoison.apply`, which",
-        "reads back. Whole split: `protect.py` without `--streaming`, which does both. Few measured: PSNR and SSIM on",
-        "one row in a hundred, as in a split of a million; else on all, as in one of at most 10,000.",
+        "reads all pictures back. Whole split: `protect.py` without `--streaming`, which does both. Few measured: PSNR",
+        "and SSIM on one row in a hundred, and one stored picture in "
+        f"{scale.get('read_back_every', 1)} decoded again, as in a split of a million; else all, as in one of at most",
+        "10,000.",
     ]
 
 
