@@ -59,7 +59,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "ray_data": {"poisons"} | L0 | L1,
     "certificate": {"keys"},
     "theory": {"keys"},
-    "benchmarks": {"benchmarks", "fitting", "defenses", "poisons", "victim"} | L0 | L1,
+    "benchmarks": {"benchmarks", "fitting", "defenses", "poisons", "sharding", "victim"} | L0 | L1,
     "sharding": {"sharding", "digests", "record", "card", "protect", "preview", "metrics", "poisons"} | L0 | L1,
     "gate": {"gate", "digests", "record", "metrics", "poisons"} | L0 | L1,
     "ownership": {"ownership", "poisons"} | L0 | L1,
