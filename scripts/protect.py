@@ -97,7 +97,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     streams.add_argument(
         "--read-back-every",
         type=int,
-        help="decode every n-th stored picture again, and compare (default: 1, and 16 above 10,000 rows)",
+        help="decode every n-th stored picture again, and compare (default: all of up to 10,000, else about so many)",
     )
     streams.add_argument("--merge", action="store_true", help="check finished shards and make them one dataset")
     if name in POISONS:

@@ -15,7 +15,7 @@ from hf_unlearnable.benchmarks import plain_map
 from hf_unlearnable.benchmarks.pictures import Pictures, check_space, first_rows, space_needed, write_source
 from hf_unlearnable.benchmarks.timing import SEED
 from hf_unlearnable.benchmarks.watching import Job, Moment, watch
-from hf_unlearnable.sharding.plan import READ_BACK_EVERY
+from hf_unlearnable.sharding.plan import UNCOUNTED_EVERY
 
 ROWS, QUICK_ROWS = (10_000, 100_000, 1_000_000), (2, 4)
 SIZES = {32: 10_000, 224: 2000, 512: 200}
@@ -119,7 +119,7 @@ def benchmark_scale(
         space_needed(count, side) for side, count in [(size, numbers[-1]), *((s, 5 * n) for s, n in sizes.items())]
     )
     check_space(bench.work, needed, f"{numbers[-1]:,} drawn pictures of {size} px and one protected copy")
-    result: dict[str, Any] = {"pictures": pictures.title, "quick": bench.quick, "read_back_every": READ_BACK_EVERY}
+    result: dict[str, Any] = {"pictures": pictures.title, "quick": bench.quick, "read_back_every": UNCOUNTED_EVERY}
     result[f"by rows, drawn, {size} px"] = by_rows(bench, numbers, size)
     result["by size"] = {str(side): by_size(bench, pictures, side, count) for side, count in sizes.items()}
     small, large = min(sizes), sorted(sizes)[len(sizes) // 2]
@@ -185,7 +185,7 @@ def by_size(bench: Bench, pictures: Pictures, size: int, rows: int) -> dict[str,
     """Processor seconds of a picture, from start to the last shard: decode, CUDA, PNG level 1, read back, measure.
 
     The source is Arrow files, whose rows nobody counts beforehand: PSNR and SSIM are then measured on one row in a
-    hundred, and some stored pictures decoded again (`READ_BACK_EVERY`), as they are in a split of a million rows.
+    hundred, and some stored pictures decoded again (`UNCOUNTED_EVERY`), as they are in a split of a million rows.
     """
     source = write_source(pictures, bench.work, rows, size, kind="arrow")
     told = bench.shards(source)

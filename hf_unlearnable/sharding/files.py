@@ -21,6 +21,7 @@ SUFFIXES: dict[Container, str] = {"parquet": ".parquet", "webdataset": ".tar"}
 KEY = "__key__"
 _BLOCK = 1 << 20
 _READ_AT_ONCE = 32
+_ROW_GROUP = 100
 
 Row: TypeAlias = Mapping[str, Any]
 """A published row: its columns in their order; the picture as {"bytes": ..., "path": None}, of bytes or a buffer."""
@@ -74,7 +75,7 @@ def publishable(features: Features) -> Features:
 
 
 class ParquetFile:
-    """One row group for each batch of rows.
+    """Row groups of at most 100 rows, as `datasets` writes pictures.
 
     Args:
         features: the columns, pictures decoded.
@@ -114,7 +115,7 @@ class _ParquetWriter:
         del where
         table = pa.Table.from_pylist(list(rows), schema=self.parquet.schema)
         if len(table):
-            self.parquet.write_table(table, row_group_size=len(table))
+            self.parquet.write_table(table, row_group_size=_ROW_GROUP)
         return self.form.rows(table, [row[self.form.image] for row in rows])
 
 

@@ -28,9 +28,8 @@ PLAN = f"{FOLDER}/plan.json"
 SCHEMA = 3
 ROWS_PER_SHARD = 10_000
 UNCOUNTED_EVERY = 100
-"""Of a source whose rows nobody can count beforehand, PSNR and SSIM are measured on every n-th row of a shard."""
-READ_BACK_EVERY = 16
-"""Where PSNR and SSIM are not measured on all rows, every n-th stored picture is decoded again and compared."""
+"""Of a source whose rows nobody can count beforehand, every n-th row of a shard is looked at closely: PSNR and SSIM are
+measured, and what was stored is decoded again."""
 
 OnError: TypeAlias = Literal["stop", "skip"]
 
@@ -69,8 +68,7 @@ class Plan:
 
     @property
     def read_back_every(self) -> int:
-        chosen = self.terms["read_back_every"]
-        return chosen or (1 if self.perceptual_every == 1 else READ_BACK_EVERY)
+        return self.terms["read_back_every"] or self.perceptual_every
 
     @property
     def rows(self) -> int | None:

@@ -54,9 +54,10 @@ def protect_shards(
             the same.
         on_error: "stop" at an unreadable picture, or "skip": its row is left out, and listed with the reason in the
             manifest and in `source["left_out"]` of the record.
-        read_back_every: every n-th stored picture is decoded again and compared with what was to be stored; None for 1
-            (all) in a split of at most 10,000 rows, and 16 in others. Files are compared with what was written to them
-            in any case, byte by byte. The record tells it, where it is not 1.
+        read_back_every: every n-th stored picture is decoded again and compared with what was to be stored; None for
+            those on which PSNR and SSIM are measured (all of a split of at most 10,000 rows, else about so many, spread
+            over it). Files are compared with what was written to them in any case, byte by byte. The record tells it,
+            where it is not 1.
         record_seed: as in `protect`.
 
     Raises:

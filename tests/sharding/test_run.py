@@ -371,7 +371,7 @@ def test_of_a_large_split_every_nth_is_and_the_record_says_so(
     every: int | None,
     noticed: int | None,
 ) -> None:
-    monkeypatch.setattr(plans, "PERCEPTUAL_ROWS", 12)
+    monkeypatch.setattr(plans, "PERCEPTUAL_ROWS", 12)  # of 24: every 2nd
     more = {"shards": 1, "read_back_every": every}
     if noticed is not None:
         with pytest.raises(ValueError, match=f"row {noticed}: the stored picture is not the one that was made"):
@@ -381,7 +381,7 @@ def test_of_a_large_split_every_nth_is_and_the_record_says_so(
     with pytest.raises(ValueError, match="read_back_every: expected"):
         make(parquet, tmp_path / "out", **{**more, "read_back_every": 5})
     record = merge(tmp_path / "out", progress=False)
-    assert record.published["pictures_read_back_every"] == (every or plans.READ_BACK_EVERY)
+    assert record.published["pictures_read_back_every"] == (every or 2)
     assert read_record(tmp_path / "out")[1] == []
 
 
