@@ -55,13 +55,22 @@ def refit_last_layer(
     "train" moves the running statistics once where the source does at each of the inner evaluations; dropout is off;
     for the best of all checkpoints call this on each.
     """
-    return _searched(network, clean, bn, epochs, batch_size, learning_rate, seed)[0]
+    return search_last_layer(
+        network, clean, bn=bn, epochs=epochs, batch_size=batch_size, learning_rate=learning_rate, seed=seed
+    )[0]
 
 
-def _searched(
-    network: Network, clean: Batches, bn: str, epochs: int, batch_size: int, learning_rate: float, seed: Key
+def search_last_layer(
+    network: Network,
+    clean: Batches,
+    *,
+    bn: Literal["eval", "train"] = "eval",
+    epochs: int = 15,
+    batch_size: int = 1024,
+    learning_rate: float = 0.5,
+    seed: Key,
 ) -> tuple[Network, float]:
-    """The copy, and the step length with which the search did not diverge."""
+    """`refit_last_layer`, and the step length with which its search did not diverge."""
     for length in [learning_rate / 2**halvings for halvings in range(6)]:
         refit = _refit(network, clean, bn, epochs, batch_size, length, seed)
         if refit is not None:
@@ -128,7 +137,7 @@ class LastLayerResult:
         refitted: with its last layer fitted to the clean rows.
         random_trunk: of a network that was never trained, with its last layer fitted in the same way.
         from_scratch: of the same architecture, trained on the same clean rows alone.
-        refitted_step, random_trunk_step: step lengths of the two searches, which differ where one of them diverged.
+        refitted_step, random_trunk_step: step lengths of the two searches: shorter than asked for where one diverged.
     """
 
     before: float
@@ -189,7 +198,9 @@ def dfr_with_controls(
         ).to(device)
 
     def refitted(trunk: Network) -> tuple[float, float]:
-        refit, step = _searched(trunk, clean, bn, epochs, batch_size, learning_rate, seed)
+        refit, step = search_last_layer(
+            trunk, clean, bn=bn, epochs=epochs, batch_size=batch_size, learning_rate=learning_rate, seed=seed
+        )
         return _accuracy(refit, test, accelerator), step
 
     scratch = train_to_end(

@@ -97,7 +97,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     streams.add_argument(
         "--read-back-every",
         type=int,
-        help="decode every n-th stored picture again, and compare (default: all of up to 10,000, else about so many)",
+        help="decode every n-th stored picture again, and compare (default: all of up to 10,000, else about so many, "
+        "spread over the split)",
     )
     streams.add_argument("--merge", action="store_true", help="check finished shards and make them one dataset")
     if name in POISONS:

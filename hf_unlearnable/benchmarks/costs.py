@@ -142,7 +142,8 @@ def _by_rows(scale: Mapping[str, Any]) -> list[str]:
     more = scale[title]["growth"]
     lines = [
         f"One process on all cores ({title.removeprefix('by rows, ')}); rows a second without the start. PSNR and SSIM",
-        "are measured on at most 10,000 rows spread over the split, so that rows above that number cost less.",
+        "are measured, and what was stored is decoded again, on at most 10,000 rows spread over the split, so that",
+        "rows above that number cost less.",
         "",
         "| rows | start, s | shards, s | merge, s | rows a second | peak, shards, MiB | peak with merge, MiB |",
         "|---|---|---|---|---|---|---|",

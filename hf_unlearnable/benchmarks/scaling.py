@@ -134,7 +134,8 @@ def benchmark_scale(
 def by_rows(bench: Bench, numbers: Sequence[int], size: int) -> dict[str, Any]:
     """One process over so many drawn rows each, and how time and memory grow.
 
-    PSNR and SSIM are measured on at most 10,000 rows spread over the split, so that rows above that number cost less.
+    PSNR and SSIM are measured, and what was stored is decoded again, on at most 10,000 rows spread over the split, so
+    that rows above that number cost less.
     """
     source = write_source(Pictures(), bench.work, numbers[-1], size)
     found: dict[str, Any] = {}

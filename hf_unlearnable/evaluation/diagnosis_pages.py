@@ -164,8 +164,11 @@ def _of_dfr(found: dict[str, Any], own: dict[str, Any], how: dict[str, Any]) -> 
         ["untrained network", "", _percent(made["random_trunk"])],
         ["trained on the few clean rows alone", _percent(made["from_scratch"]), ""],
     ]
-    steps = made["refitted_step"], made["random_trunk_step"]
-    halved = [f"Step lengths of the search: {steps[0]:g} (victim), {steps[1]:g} (untrained); a search diverged."]
+    steps = made.get("refitted_step"), made.get("random_trunk_step"), clean.get("refitted_step")
+    halved = [
+        f"The last layers were fitted with steps of {steps[0]} (victim of published rows), {steps[1]} (untrained "
+        f"network) and {steps[2]} (victim of clean rows): a search that diverges is begun anew with half the step."
+    ]
     return [
         f"With its last layer fitted anew to {made['clean_rows']:,} clean rows a victim of the published rows reaches "
         f"{_percent(made['refitted'])} on clean test rows (before: {_percent(made['before'])}), {learnt} the better of "
@@ -174,7 +177,7 @@ def _of_dfr(found: dict[str, Any], own: dict[str, Any], how: dict[str, Any]) -> 
         f"The control from scratch was trained for {found['epochs_from_scratch']} epochs, about the victim's number of "
         "steps. More than both controls: the trunk has learnt something from the published rows. Not more: nothing is "
         "shown, neither that it has nor that it has not.",
-        *(halved if steps[0] != steps[1] else []),
+        *(halved if all(steps) else []),  # earlier versions did not keep them
     ]
 
 

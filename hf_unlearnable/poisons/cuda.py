@@ -113,7 +113,7 @@ def _put(target: Tensor, rows: slice | Tensor, values: Tensor) -> None:
     if isinstance(rows, slice):
         target[rows] = values
     else:
-        target.index_copy_(0, rows, values)
+        target.index_copy_(0, rows, values.to(target.dtype))
 
 
 @lru_cache(maxsize=32)

@@ -87,7 +87,9 @@ class ParquetFile:
 
     @contextmanager
     def writer(self, file: Path) -> Iterator[Writer]:
-        how: dict[str, Any] = {"use_dictionary": [name for name in self.schema.names if name != self.image]}
+        others = [field for field in self.schema if field.name != self.image]
+        nested = any(pa.types.is_nested(field.type) for field in others)  # whose parts have names of their own
+        how: dict[str, Any] = {"use_dictionary": nested or [field.name for field in others]}
         with pq.ParquetWriter(file, self.schema, compression="none", **how) as parquet:
             yield _ParquetWriter(parquet, self)
 

@@ -111,7 +111,9 @@ class Plan:
         except (ValueError, KeyError, TypeError, AttributeError) as error:
             raise ValueError(f"{storage.url}/{PLAN}: not a plan: {type(error).__name__}: {error}") from error
         if schema != SCHEMA:
-            raise ValueError(f"{storage.url}/{PLAN}: expected schema {SCHEMA}, got {schema}")
+            raise ValueError(
+                f"{storage.url}/{PLAN}: expected schema {SCHEMA}, got {schema}: the version that began it can finish it"
+            )
         return cls(parts=parts, preview_rows=preview_rows, **values)
 
     def check_same(self, terms: dict[str, Any], key: Key) -> None:

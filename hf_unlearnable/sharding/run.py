@@ -55,9 +55,9 @@ def protect_shards(
         on_error: "stop" at an unreadable picture, or "skip": its row is left out, and listed with the reason in the
             manifest and in `source["left_out"]` of the record.
         read_back_every: every n-th stored picture is decoded again and compared with what was to be stored; None for
-            those on which PSNR and SSIM are measured (all of a split of at most 10,000 rows, else about so many, spread
-            over it). Files are compared with what was written to them in any case, byte by byte. The record tells it,
-            where it is not 1.
+            those on which PSNR and SSIM are measured: all of a split of at most 10,000 rows, else about so many, spread
+            over it; every 100th of a shard where rows cannot be counted beforehand. In any case all that a file holds
+            is read again, and compared (by digests) with what was written. The record tells it, where it is not 1.
         record_seed: as in `protect`.
 
     Raises:

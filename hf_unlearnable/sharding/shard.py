@@ -29,7 +29,7 @@ from hf_unlearnable.sources import Stream
 def make_shard(
     stream: Stream, poison: Poison, plan: Plan, shard: int, storage: Storage, *, progress: bool = True
 ) -> Manifest:
-    """Poison the rows of one shard, read back what was stored, measure it, and put the shard into its place.
+    """Poison the rows of one shard, read the file back (some or all of its pictures), measure, and put it in its place.
 
     Memory holds a batch of pictures (fewer of large ones), some rows of the source undecoded, and a few numbers for
     every row. The manifest is written last.

@@ -325,6 +325,11 @@ def test_what_is_not_shown_is_not_claimed(whole: Path) -> None:
     for learnt, told in ((0.125, "+12.5 points more than the better"), (-0.1, "not more than the better")):
         made["learnt"] = learnt
         assert told in summary(values)
+    made["random_trunk_step"] = 0.25
+    told = "0.5 (victim of published rows), 0.25 (untrained network) and 0.5 (victim of clean rows)"
+    assert f"with steps of {told}" in summary(values)
+    del made["refitted_step"], made["random_trunk_step"]  # as earlier versions wrote it
+    assert "with steps of" not in summary(values)
     certificate = values["diagnostics"]["certificate"]["figures"]
     assert "For any one set of weights within L2 distance 0.01" in summary(values)
     assert "| 0.3 | abstains | abstains |" in summary(values)  # 60 draws

@@ -6,6 +6,7 @@ from datasets import Dataset
 
 from hf_unlearnable import CudaPoison
 from hf_unlearnable.draws import Draws
+from hf_unlearnable.images import to_uint8
 from hf_unlearnable.poisons import cuda
 from tests.conftest import make_dataset, noise_pictures, pixels
 
@@ -110,6 +111,15 @@ def test_lower_matmul_precision_changes_no_pixel(precision: str) -> None:
         assert np.array_equal(perturb(CudaPoison(seed=0), pictures, [i % 4 for i in range(16)]), expected)
     finally:
         torch.set_float32_matmul_precision(before)
+
+
+@pytest.mark.parametrize("side", [32, 100])
+def test_floats_of_other_precision(side: int) -> None:
+    x = torch.rand(4, 3, side, side, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    labels = torch.tensor([0, 1, 0, 1])
+    poison = CudaPoison(seed=3)
+    expected = poison.perturb(x.float(), labels, Draws(3, "cuda", to_uint8(x)))
+    assert torch.equal(poison.perturb(x, labels, Draws(3, "cuda", to_uint8(x))), expected.double())
 
 
 def test_batches_do_not_matter() -> None:

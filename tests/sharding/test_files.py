@@ -10,12 +10,13 @@ from typing import Any
 
 import numpy as np
 import PIL.Image
+import pyarrow.parquet as pq
 import pytest
-from datasets import Dataset, Features, Image, Value, load_dataset
+from datasets import Dataset, Features, Image, List, Value, load_dataset
 
 from hf_unlearnable import CudaPoison, RandomNoisePoison
 from hf_unlearnable.digests import file_digest
-from hf_unlearnable.sharding.files import Archive
+from hf_unlearnable.sharding.files import Archive, ParquetFile
 from hf_unlearnable.sharding.merge import merge
 from hf_unlearnable.sharding.run import protect_shards
 from hf_unlearnable.sources import Stream, stream_of, stream_split
@@ -210,3 +211,22 @@ def test_the_command_line(parquet: Path, tmp_path: Path) -> None:
     ]
     load_script("protect").main([*told, "--container", "webdataset"])
     assert [path.name for path in (tmp_path / "o" / "data").iterdir()] == ["train-00000-of-00001.tar"]
+
+
+@pytest.mark.parametrize("nested", [False, True])
+def test_parquet_has_groups_of_100_rows_and_dictionaries(tmp_path: Path, nested: bool) -> None:
+    value: Any = ["the same words"] * 3 if nested else "the same words"
+    words = List(Value("string")) if nested else Value("string")
+    form = ParquetFile(Features({"image": Image(), "words": words}), "image")
+    rows = [{"image": {"bytes": bytes([i]), "path": None}, "words": value} for i in range(250)]
+    with form.writer(tmp_path / "x.parquet") as writer:
+        assert writer.write(rows, [""] * 250) == rows
+    with pq.ParquetFile(tmp_path / "x.parquet") as parquet:
+        groups = [parquet.metadata.row_group(i) for i in range(parquet.num_row_groups)]
+        assert [group.num_rows for group in groups] == [100, 100, 50]
+        encodings = {groups[0].column(i).path_in_schema: groups[0].column(i).encodings for i in range(3)}
+        told = next(encoding for name, encoding in encodings.items() if name.startswith("words"))
+        assert "RLE_DICTIONARY" in told
+        assert ("RLE_DICTIONARY" in encodings["image.bytes"]) == nested
+    read = [row for batch in form.read(tmp_path / "x.parquet") for row in batch]
+    assert [{**row, "image": {**row["image"], "bytes": bytes(row["image"]["bytes"])}} for row in read] == rows

@@ -362,16 +362,29 @@ def test_every_stored_picture_of_a_small_split_is_decoded_again(
         make(parquet, tmp_path / "out", shards=1)
 
 
-@pytest.mark.parametrize(("every", "noticed"), [(None, None), (16, None), (17, 17), (4, None), (3, 3), (1, 3)])
+@pytest.mark.parametrize(
+    ("few", "every", "noticed"),
+    [
+        (12, None, None),
+        (8, None, 3),
+        (2, None, None),
+        (12, 16, None),
+        (12, 17, 17),
+        (12, 4, None),
+        (12, 3, 3),
+        (12, 1, 3),
+    ],
+)
 def test_of_a_large_split_every_nth_is_and_the_record_says_so(
     parquet: Path,
     tmp_path: Path,
     wrong_encoder: list[int],
     monkeypatch: pytest.MonkeyPatch,
+    few: int,
     every: int | None,
     noticed: int | None,
 ) -> None:
-    monkeypatch.setattr(plans, "PERCEPTUAL_ROWS", 12)  # of 24: every 2nd
+    monkeypatch.setattr(plans, "PERCEPTUAL_ROWS", few)  # of 24
     more = {"shards": 1, "read_back_every": every}
     if noticed is not None:
         with pytest.raises(ValueError, match=f"row {noticed}: the stored picture is not the one that was made"):
@@ -381,7 +394,7 @@ def test_of_a_large_split_every_nth_is_and_the_record_says_so(
     with pytest.raises(ValueError, match="read_back_every: expected"):
         make(parquet, tmp_path / "out", **{**more, "read_back_every": 5})
     record = merge(tmp_path / "out", progress=False)
-    assert record.published["pictures_read_back_every"] == (every or 2)
+    assert record.published["pictures_read_back_every"] == (every or 24 // few)
     assert read_record(tmp_path / "out")[1] == []
 
 
