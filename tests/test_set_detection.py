@@ -34,14 +34,14 @@ def test_a_simple_network_finds_a_shortcut_and_nothing_in_noise(kind: Any, accel
 
 def test_the_simple_networks_are_those_of_the_sheet(accelerator: Accelerator, monkeypatch: pytest.MonkeyPatch) -> None:
     asked: list[tuple[list[tuple[int, ...]], Recipe, int, int]] = []
-    plain = set_detection.train
+    plain = set_detection.train_to_end
 
     def watched(model: nn.Module, training: Batches, test: Batches, **options: Any) -> Any:
         shapes = [tuple(weight.shape) for weight in model.parameters()]
         asked.append((shapes, options["recipe"], len(training), len(test)))
         return plain(model, training, test, **options)
 
-    monkeypatch.setattr(set_detection, "train", watched)
+    monkeypatch.setattr(set_detection, "train_to_end", watched)
     for kind in ("linear", "two_layer"):
         simple_network_score(
             random_pictures(50),

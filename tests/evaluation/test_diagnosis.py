@@ -118,7 +118,14 @@ def test_what_is_finished_is_not_done_again(
 ) -> None:
     before = (whole / "diagnosis.json").read_text()
     (whole / "summary.md").write_text("stale")
-    for name in ("train", "linear_separability", "simple_network_score", "sample_auc", "supervised_auc", "certify"):
+    for name in (
+        "train_to_end",
+        "linear_separability",
+        "simple_network_score",
+        "sample_auc",
+        "supervised_auc",
+        "certify",
+    ):
         monkeypatch.setattr(room, name, lambda *a, **k: pytest.fail("done again"))
     diagnosis(rows, protected_once[0], whole).run((*ALL, "detector"))
     assert (whole / "diagnosis.json").read_text() == before
@@ -222,7 +229,7 @@ def test_victims_are_shown_the_pictures_that_the_table_names(
         shown.append(split)
         return 0.5
 
-    monkeypatch.setattr(room, "train", train)
+    monkeypatch.setattr(room, "train_to_end", train)
     monkeypatch.setattr(one, "_accuracy", accuracy)
     found = one.shortcuts()
     assert (found["train_rows"], found["held_out_rows"]) == (80, 20)
