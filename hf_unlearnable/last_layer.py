@@ -29,7 +29,7 @@ def refit_last_layer(
     batch_size: int = 1024,
     learning_rate: float = 0.5,
     seed: Key,
-) -> Network:
+) -> tuple[Network, float]:
     """DFR: a copy of the network whose last linear layer is fitted to clean rows, from where it stands.
 
         min_{W, b} mean CE(W features(x) + b, y)
@@ -45,6 +45,9 @@ def refit_last_layer(
         learning_rate: step length of L-BFGS, which makes no line search.
         seed: of the order and of crop and flip.
 
+    Returns:
+        The copy, and the step length with which its search did not diverge.
+
     Raises:
         TypeError: the network does not end with a linear layer.
         ValueError: no rows.
@@ -55,22 +58,6 @@ def refit_last_layer(
     "train" moves the running statistics once where the source does at each of the inner evaluations; dropout is off;
     for the best of all checkpoints call this on each.
     """
-    return search_last_layer(
-        network, clean, bn=bn, epochs=epochs, batch_size=batch_size, learning_rate=learning_rate, seed=seed
-    )[0]
-
-
-def search_last_layer(
-    network: Network,
-    clean: Batches,
-    *,
-    bn: Literal["eval", "train"] = "eval",
-    epochs: int = 15,
-    batch_size: int = 1024,
-    learning_rate: float = 0.5,
-    seed: Key,
-) -> tuple[Network, float]:
-    """`refit_last_layer`, and the step length with which its search did not diverge."""
     for length in [learning_rate / 2**halvings for halvings in range(6)]:
         refit = _refit(network, clean, bn, epochs, batch_size, length, seed)
         if refit is not None:
@@ -78,7 +65,7 @@ def search_last_layer(
                 warnings.warn(
                     f"the search for the last layer diverged with steps of {learning_rate}: their length is "
                     f"{length} now",
-                    stacklevel=3,
+                    stacklevel=2,
                 )
             return refit, length
     raise FloatingPointError(f"the search diverged: lower the learning rate, got {learning_rate}")
@@ -198,7 +185,7 @@ def dfr_with_controls(
         ).to(device)
 
     def refitted(trunk: Network) -> tuple[float, float]:
-        refit, step = search_last_layer(
+        refit, step = refit_last_layer(
             trunk, clean, bn=bn, epochs=epochs, batch_size=batch_size, learning_rate=learning_rate, seed=seed
         )
         return _accuracy(refit, test, accelerator), step

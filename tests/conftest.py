@@ -50,6 +50,13 @@ def one_thread() -> Iterator[None]:
     torch.set_num_threads(threads)
 
 
+@pytest.fixture
+def fresh_state(one_thread: None) -> Iterator[None]:
+    """For tests that make accelerators of their own: one thread, and none of them is left."""
+    yield
+    AcceleratorState._reset_state(reset_partial_state=True)
+
+
 @pytest.fixture(autouse=True)
 def global_randomness_untouched() -> Iterator[None]:
     """No test may find that the library has drawn from a global generator."""

@@ -57,7 +57,7 @@ def test_it_changes_what_it_says_on_a_copy(bn: Any) -> None:
     found = network().train()
     found.backbone.features[1].eval()
     before = state(found)
-    refit = refit_last_layer(found, coloured(), bn=bn, epochs=3, batch_size=32, seed=0)
+    refit = refit_last_layer(found, coloured(), bn=bn, epochs=3, batch_size=32, seed=0)[0]
     assert all(torch.equal(found.state_dict()[name], value) for name, value in before.items())
     assert all(weight.requires_grad and weight.grad is None for weight in (*found.parameters(), *refit.parameters()))
     assert [module.training for module in refit.modules()] == [module.training for module in found.modules()]
@@ -73,13 +73,13 @@ def test_a_spoilt_last_layer_is_repaired() -> None:
     spoilt, test = network(), coloured(60, seed=3)
     assert accuracy(copy.deepcopy(spoilt), test) < 0.7
     for bn in ("eval", "train"):
-        refit = refit_last_layer(spoilt, coloured(), bn=bn, epochs=15, batch_size=32, seed=0)  # type: ignore[arg-type]
+        refit = refit_last_layer(spoilt, coloured(), bn=bn, epochs=15, batch_size=32, seed=0)[0]  # type: ignore[arg-type]
         assert accuracy(refit, test) > 0.95
 
 
 def test_training_mode_moves_the_statistics_once_a_batch() -> None:
     found, rows = network(), coloured(48)
-    refit = refit_last_layer(found, rows, bn="train", epochs=2, batch_size=24, seed=5)
+    refit = refit_last_layer(found, rows, bn="train", epochs=2, batch_size=24, seed=5)[0]
     expected = copy.deepcopy(found).train()
     step = 0
     for epoch in range(2):
@@ -94,7 +94,7 @@ def test_training_mode_moves_the_statistics_once_a_batch() -> None:
 
 def test_against_the_whole_network_at_every_evaluation() -> None:
     found, rows = network(), coloured(60)
-    refit = refit_last_layer(found, rows, epochs=2, batch_size=30, seed=1)
+    refit = refit_last_layer(found, rows, epochs=2, batch_size=30, seed=1)[0]
     slow = copy.deepcopy(found).eval()
     layer = slow.backbone.get_classifier()
     optimizer = torch.optim.LBFGS(layer.parameters(), lr=0.5)
@@ -116,7 +116,7 @@ def test_against_the_whole_network_at_every_evaluation() -> None:
 def test_the_seed_decides_and_sizes_may_be_odd() -> None:
     found, rows = network((24, 40)), coloured(9, (24, 40))
     first, again, other = (
-        refit_last_layer(found, rows, epochs=2, batch_size=4, seed=seed).backbone.get_classifier().weight
+        refit_last_layer(found, rows, epochs=2, batch_size=4, seed=seed)[0].backbone.get_classifier().weight
         for seed in (0, 0, 1)
     )
     assert torch.equal(first, again)
@@ -126,7 +126,7 @@ def test_the_seed_decides_and_sizes_may_be_odd() -> None:
 
 def test_frozen_networks_stay_frozen() -> None:
     found = network().requires_grad_(False)
-    refit = refit_last_layer(found, coloured(9), epochs=1, batch_size=4, seed=0)
+    refit = refit_last_layer(found, coloured(9), epochs=1, batch_size=4, seed=0)[0]
     assert not any(weight.requires_grad for weight in refit.parameters())
 
 
@@ -152,8 +152,9 @@ def test_a_search_that_diverges_is_begun_anew_with_half_the_step(monkeypatch: py
     monkeypatch.setattr(last_layer, "_refit", watched)
     victim = network(seed=3)
     with pytest.warns(UserWarning, match="diverged with steps of 0.5: their length is 0.125 now"):
-        found = refit_last_layer(victim, coloured(60), epochs=2, seed=0)
+        found, step = refit_last_layer(victim, coloured(60), epochs=2, seed=0)
     assert steps == [0.5, 0.25, 0.125]
+    assert step == 0.125
     expected = refit(victim, coloured(60), "eval", 2, 1024, 0.125, 0)
     assert expected is not None
     assert torch.equal(found.backbone.get_classifier().weight, expected.backbone.get_classifier().weight)
@@ -199,8 +200,8 @@ def test_the_controls_are_what_they_say(accelerator: Accelerator) -> None:
         return int(confusion.trace()) / len(test)
 
     assert found.before == share(copy.deepcopy(victim))
-    assert found.refitted == share(refit_last_layer(victim, clean, **settings))
-    assert found.random_trunk == share(refit_last_layer(fresh, clean, **settings))
+    assert found.refitted == share(refit_last_layer(victim, clean, **settings)[0])
+    assert found.random_trunk == share(refit_last_layer(fresh, clean, **settings)[0])
     assert 0 <= found.from_scratch <= 1
     assert found.clean_rows == 60
     assert victim.training

@@ -36,7 +36,7 @@ def test_rates_equal_those_of_torch(total: int) -> None:
         "onecycle": lambda o: schedulers.OneCycleLR(o, 0.3, total_steps=total, pct_start=0.25, cycle_momentum=False),
     }
     for schedule, make in expected.items():
-        ours = Recipe(name="r", steps=total, learning_rate=0.3, schedule=schedule, milestones=(0.4, 0.8))  # type: ignore[arg-type]
+        ours = Recipe(name="r", steps=total, learning_rate=0.3, schedule=schedule, milestones=(0.4, 0.8))
         assert [ours.rate(step, total) for step in range(total)] == pytest.approx(rates_of_torch(make, total), rel=1e-9)
 
 

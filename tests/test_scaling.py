@@ -417,7 +417,11 @@ def test_costs_have_their_closed_forms() -> None:
 def test_records_of_earlier_versions_make_a_page_too() -> None:
     folder = Path(__file__).parent.parent / "cards/results"
     scale, coded = (json.loads((folder / f"{name}.json").read_text()) for name in ("scale", "containers"))
-    assert "| 224 px | 2000 | 1.63 | not measured | 4.41 |" in page(scale, coded, Prices())
+    told = page(scale, coded, Prices())
+    assert "| 224 px | 2000 | 1.63 | not measured | 4.41 |" in told
+    assert "are measured on at most 10,000 rows" in told
+    scale["results"]["read_back_every"] = 100
+    assert "are measured, and what was stored is decoded again, on at most 10,000 rows" in page(scale, coded, Prices())
 
 
 def test_costs_refuse_other_figures() -> None:

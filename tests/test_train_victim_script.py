@@ -3,7 +3,7 @@ import json
 import os
 import subprocess
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from types import ModuleType
 
@@ -18,6 +18,7 @@ from hf_unlearnable.result import Result
 from .conftest import ROOT, make_dataset, noise_pictures
 
 SCRIPT = ROOT / "scripts" / "train_victim.py"
+pytestmark = pytest.mark.usefixtures("fresh_state")
 
 
 @pytest.fixture(scope="module")
@@ -28,15 +29,6 @@ def script() -> ModuleType:
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     return module
-
-
-@pytest.fixture(autouse=True)
-def one_thread() -> Iterator[None]:
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
-    AcceleratorState._reset_state(reset_partial_state=True)
 
 
 @pytest.fixture(scope="module")

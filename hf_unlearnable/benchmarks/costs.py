@@ -140,9 +140,10 @@ def _rows_of(scale: Mapping[str, Any]) -> tuple[str, list[Mapping[str, float]]]:
 def _by_rows(scale: Mapping[str, Any]) -> list[str]:
     title, rows = _rows_of(scale)
     more = scale[title]["growth"]
+    again = ", and what was stored is decoded again," if scale.get("read_back_every", 1) > 1 else ""
     lines = [
         f"One process on all cores ({title.removeprefix('by rows, ')}); rows a second without the start. PSNR and SSIM",
-        "are measured, and what was stored is decoded again, on at most 10,000 rows spread over the split, so that",
+        f"are measured{again} on at most 10,000 rows spread over the split, so that",
         "rows above that number cost less.",
         "",
         "| rows | start, s | shards, s | merge, s | rows a second | peak, shards, MiB | peak with merge, MiB |",

@@ -27,7 +27,7 @@ from hf_unlearnable.evaluation.diagnosis_pages import What, summary
 from hf_unlearnable.evaluation.protocol import protected_arms
 from hf_unlearnable.images import Labels
 from hf_unlearnable.keys import Key, torch_generator
-from hf_unlearnable.last_layer import dfr_with_controls, search_last_layer
+from hf_unlearnable.last_layer import dfr_with_controls, refit_last_layer
 from hf_unlearnable.networks import Network, create_network
 from hf_unlearnable.probes import linear_separability
 from hf_unlearnable.recipes import changed, recipe
@@ -337,7 +337,7 @@ class Diagnosis:
         longer = dataclasses.replace(longer, drop_last=False)
         found = dfr_with_controls(network, clean, self.test, recipe=longer, **self._how())
         reference, result = self._victim("clean")
-        refit, step = search_last_layer(reference, clean, seed=seed)
+        refit, step = refit_last_layer(reference, clean, seed=seed)
         return {
             "published": {**asdict(found), "learnt": found.learnt},
             "clean": {

@@ -165,7 +165,7 @@ def _of_dfr(found: dict[str, Any], own: dict[str, Any], how: dict[str, Any]) -> 
         ["trained on the few clean rows alone", _percent(made["from_scratch"]), ""],
     ]
     steps = made.get("refitted_step"), made.get("random_trunk_step"), clean.get("refitted_step")
-    halved = [
+    lengths = [
         f"The last layers were fitted with steps of {steps[0]} (victim of published rows), {steps[1]} (untrained "
         f"network) and {steps[2]} (victim of clean rows): a search that diverges is begun anew with half the step."
     ]
@@ -177,7 +177,7 @@ def _of_dfr(found: dict[str, Any], own: dict[str, Any], how: dict[str, Any]) -> 
         f"The control from scratch was trained for {found['epochs_from_scratch']} epochs, about the victim's number of "
         "steps. More than both controls: the trunk has learnt something from the published rows. Not more: nothing is "
         "shown, neither that it has nor that it has not.",
-        *(halved if all(steps) else []),  # earlier versions did not keep them
+        *(lengths if all(steps) else []),  # earlier versions did not keep them
     ]
 
 

@@ -94,7 +94,7 @@ class ParquetFile:
             yield _ParquetWriter(parquet, self)
 
     def read(self, file: Path) -> Iterator[list[dict[str, Any]]]:
-        with pq.ParquetFile(file, memory_map=True) as parquet:
+        with pq.ParquetFile(file) as parquet:
             for batch in parquet.iter_batches(_READ_AT_ONCE, use_threads=False):
                 pictures = batch.column(self.image)
                 told = zip(pictures.field("bytes"), pictures.field("path").to_pylist(), strict=True)

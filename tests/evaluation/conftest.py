@@ -1,12 +1,9 @@
 """A small protected dataset, made once, and the clean pictures behind it."""
 
 import shutil
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-import torch
-from accelerate.state import AcceleratorState
 from datasets import DatasetDict
 
 from hf_unlearnable import LspPoison, demo
@@ -25,15 +22,6 @@ def protected_once(shapes: DatasetDict, tmp_path_factory: pytest.TempPathFactory
     for seed in (0, 1):
         protect(shapes["train"], LspPoison(seed=seed), root / f"lsp-{seed}", source="demo", progress=False)
     return [root / "lsp-0", root / "lsp-1"]
-
-
-@pytest.fixture
-def fresh_state() -> Iterator[None]:
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
-    AcceleratorState._reset_state(reset_partial_state=True)
 
 
 @pytest.fixture

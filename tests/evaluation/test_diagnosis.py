@@ -25,22 +25,15 @@ from hf_unlearnable.protect import protect
 from tests.conftest import load_script, make_dataset, noise_pictures
 from tests.evaluation.test_findings import result
 
-# of a victim of one epoch, on some processors
-pytestmark = pytest.mark.filterwarnings("ignore:the search for the last layer diverged")
+pytestmark = [
+    pytest.mark.usefixtures("fresh_state"),
+    pytest.mark.filterwarnings("ignore:the search for the last layer diverged"),  # of one epoch, on some processors
+]
 
 SETTING = Setting(
     detector_epochs=1, sample_epochs=(1,), dfr_rows=50, recovery_epochs=1, draws=60, certificate_rows=20, hidden=1
 )
 ALL = tuple(PAGES)
-
-
-@pytest.fixture(autouse=True)
-def one_thread() -> Iterator[None]:
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
-    AcceleratorState._reset_state(reset_partial_state=True)
 
 
 @pytest.fixture(scope="session")
